@@ -1,0 +1,1 @@
+//! The QEMU builder: machines, overlays, seeds and bases.

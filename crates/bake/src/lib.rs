@@ -1,0 +1,1 @@
+//! Template, plan, keys, and the bake from top to bottom.

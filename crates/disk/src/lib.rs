@@ -1,0 +1,1 @@
+//! Raw and qcow2 disks, blocks, digests and packs.

@@ -1,0 +1,89 @@
+//! Bases: the disks to start from.
+
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+
+use crate::Digest;
+use crate::error::Result;
+use crate::image::{DiskRecord, Firmware};
+use crate::machine::Context;
+
+/// A file that holds a disk, in a format that is known and was checked: a
+/// qcow2 among them has no backing or data file from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskFile {
+    /// Where it is. Never written to.
+    pub path: PathBuf,
+    /// What it is.
+    pub format: DiskFormat,
+    /// Virtual size in bytes.
+    pub size: u64,
+}
+
+/// Formats in which a disk can be started from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// The bytes themselves.
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
+
+impl DiskFormat {
+    /// QEMU's name of it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// A base that is ready to be started from.
+#[derive(Debug, Clone)]
+pub struct Base {
+    /// What the template called it, for people (`debian bookworm`).
+    pub label: String,
+    /// Its disk.
+    pub disk: DiskFile,
+    /// How it starts.
+    pub firmware: Firmware,
+    /// Architecture in OCI's words.
+    pub architecture: String,
+    /// Whether its guest reads systemd credentials; `None`: not known, so
+    /// every way in is offered.
+    pub credentials: Option<bool>,
+    /// Its blocks, where a store has them already; known for a base that is an
+    /// image, and for any base from its second use on.
+    pub record: Option<DiskRecord>,
+}
+
+/// A way to get a base. One for each key of `[base]`.
+#[async_trait]
+pub trait BaseSource: Send + Sync {
+    /// What the template called it, for people.
+    fn label(&self) -> String;
+
+    /// The disk digest, where it is known without doing the work.
+    ///
+    /// # Errors
+    /// When what is known cannot be read.
+    fn known(&self) -> Result<Option<Digest>>;
+
+    /// Gets it: from the cache, or, when it is not there or `fresh`, anew.
+    /// Cached under a lock, so that two bakes do the work once. Work folders and
+    /// processes are registered in the context's scope before they are made.
+    ///
+    /// # Errors
+    /// [`crate::Code::Base`] when it cannot be used,
+    /// [`crate::Code::DigestMismatch`] when it is not what it should be.
+    async fn fetch(&self, fresh: bool, context: &Context) -> Result<Base>;
+
+    /// Remembers the blocks of a base that was fetched, now that a store has
+    /// them.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    fn remember(&self, base: &Base, record: &DiskRecord) -> Result<()>;
+}

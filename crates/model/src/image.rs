@@ -1,0 +1,190 @@
+//! The image format: config, disks, block map. See `docs/image-format.md`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::Digest;
+use crate::block::BLOCK;
+use crate::key::Key;
+
+/// `artifactType` of an image's manifest.
+pub const IMAGE: &str = "application/vnd.kiln.image.v1+json";
+/// Media type of an image's config.
+pub const CONFIG: &str = "application/vnd.kiln.config.v1+json";
+/// Media type of a disk's block map.
+pub const BLOCK_MAP: &str = "application/vnd.kiln.blockmap.v1+json";
+/// Media type of a pack: zstd frames of one block each.
+pub const PACK: &str = "application/vnd.kiln.pack.v1+zstd";
+
+/// How firmware starts a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Firmware {
+    /// SeaBIOS only.
+    Bios,
+    /// UEFI only.
+    Uefi,
+    /// Either.
+    BiosUefi,
+}
+
+/// What an image's config says: what it is, without time or bake id, so that
+/// the same content has the same digest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// Image name.
+    pub name: String,
+    /// Image version.
+    pub version: String,
+    /// Architecture in OCI's words (`amd64`).
+    pub architecture: String,
+    /// How it starts.
+    pub firmware: Firmware,
+    /// Whether its guest reads systemd credentials from the firmware: then
+    /// kiln gets in without cloud-init.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub credentials: bool,
+    /// Its disks.
+    pub disks: Vec<DiskConfig>,
+    /// Disk digest of the base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Digest>,
+    /// The steps that made it.
+    #[serde(default)]
+    pub steps: Vec<StepConfig>,
+    /// Commit of the template's source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// Labels from the template.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// One disk in the config.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Its name (`root`).
+    pub name: String,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Its disk digest.
+    pub digest: Digest,
+    /// Whether it is the one that starts.
+    pub root: bool,
+}
+
+/// One step in the config.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepConfig {
+    /// Its name.
+    pub name: String,
+    /// Its key.
+    pub key: Key,
+}
+
+/// Where a block is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere: it is all zeros.
+    Zero,
+    /// A zstd frame in a pack.
+    Pack {
+        /// Index into [`BlockMap::packs`].
+        pack: u32,
+        /// First byte of the frame.
+        offset: u32,
+        /// Length of the frame in bytes.
+        length: u32,
+    },
+}
+
+/// One block of a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block {
+    /// SHA-256 of the raw block, the last one zero-padded.
+    pub digest: Digest,
+    /// Where its bytes are.
+    pub place: Place,
+}
+
+/// A pack as a map lists it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackRef {
+    /// Digest of the pack's bytes.
+    pub digest: Digest,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// A disk's blocks in order, and the packs that hold them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockMap {
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// The packs, each once.
+    pub packs: Vec<PackRef>,
+    /// The blocks; as many as the size needs.
+    pub blocks: Vec<Block>,
+}
+
+impl BlockMap {
+    /// The disk digest: SHA-256 over the line
+    /// `kiln-disk-v1 <virtual size in bytes> 524288\n` and the 32 raw bytes of
+    /// each block's digest in order.
+    pub fn disk_digest(&self) -> Digest {
+        let mut hasher = Sha256::new();
+        hasher.update(format!("kiln-disk-v1 {} {BLOCK}\n", self.size));
+        for block in &self.blocks {
+            hasher.update(block.digest.as_bytes());
+        }
+        Digest::finish(hasher)
+    }
+}
+
+/// A disk in the store: its map and where that is.
+#[derive(Debug, Clone)]
+pub struct DiskRecord {
+    /// Its name (`root`).
+    pub name: String,
+    /// Its disk digest.
+    pub digest: Digest,
+    /// Digest of the blob that holds the map.
+    pub map_digest: Digest,
+    /// The map.
+    pub map: BlockMap,
+    /// Bytes that had to be stored for it.
+    pub stored: u64,
+    /// Bytes of blocks that are not zero.
+    pub used: u64,
+}
+
+/// The digest of a block of zeros.
+pub fn zero_block() -> Digest {
+    static ZERO: std::sync::OnceLock<Digest> = std::sync::OnceLock::new();
+    *ZERO.get_or_init(|| Digest::of(vec![0; usize::try_from(BLOCK).unwrap_or(0)]))
+}
+
+/// This machine's architecture in OCI's words.
+pub fn host_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_digest_of_an_empty_disk_is_as_documented() {
+        let map = BlockMap { size: 2 * BLOCK, packs: vec![], blocks: vec![Block { digest: zero_block(), place: Place::Zero }; 2] };
+        let mut expected = format!("kiln-disk-v1 {} 524288\n", 2 * BLOCK).into_bytes();
+        expected.extend(zero_block().as_bytes());
+        expected.extend(zero_block().as_bytes());
+        assert_eq!(map.disk_digest(), Digest::of(expected));
+    }
+}

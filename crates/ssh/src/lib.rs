@@ -1,0 +1,1 @@
+//! Reaching a guest: connect, execute, copy, keys.

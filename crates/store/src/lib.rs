@@ -1,0 +1,1 @@
+//! Blobs, manifests and references in an OCI image layout.

@@ -1,0 +1,1 @@
+//! What each provisioner does to a guest.
