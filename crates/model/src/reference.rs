@@ -42,7 +42,13 @@ impl FromStr for Reference {
             None => (text, None),
         };
         let (registry, path) = match rest.split_once('/') {
-            Some((host, path)) if host.contains('.') || host.contains(':') || host == "localhost" => (Some(host.to_owned()), path),
+            Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => {
+                let plain = host.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '[');
+                if !plain || !host.chars().all(|c| c.is_ascii_alphanumeric() || ".-:[]".contains(c)) {
+                    return Err(wrong("what stands before the first `/` is no host"));
+                }
+                (Some(host.to_owned()), path)
+            }
             _ => (None, rest),
         };
         let (name, tag) = match path.rsplit_once(':') {

@@ -49,7 +49,7 @@ impl Tree {
         let mut tree = Self { root: root.to_owned(), entries: Vec::new() };
         // A root that is a link is followed: the user named what it points to.
         let meta = std::fs::metadata(root).trying(|| format!("read {}", root.display()))?;
-        tree.add(root, String::new(), &meta)?;
+        tree.add(root, "", &meta)?;
         Ok(tree)
     }
 
@@ -89,7 +89,7 @@ impl Tree {
         Ok(())
     }
 
-    fn add(&mut self, path: &Path, name: String, meta: &std::fs::Metadata) -> Result<()> {
+    fn add(&mut self, path: &Path, name: &str, meta: &std::fs::Metadata) -> Result<()> {
         let kind = if meta.is_dir() {
             Kind::Folder
         } else if meta.is_symlink() {
@@ -101,7 +101,7 @@ impl Tree {
         };
         let folder = kind == Kind::Folder;
         let mode = if meta.is_symlink() { 0o777 } else { meta.permissions().mode() & 0o7777 };
-        self.entries.push(Entry { path: name.clone(), mode, kind });
+        self.entries.push(Entry { path: name.to_owned(), mode, kind });
         if folder {
             let mut children = std::fs::read_dir(path)
                 .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
@@ -113,7 +113,7 @@ impl Tree {
                 };
                 let meta = child.metadata().trying(|| format!("read {}", child.path().display()))?;
                 let name = if name.is_empty() { part } else { format!("{name}/{part}") };
-                self.add(&child.path(), name, &meta)?;
+                self.add(&child.path(), &name, &meta)?;
             }
         }
         Ok(())
@@ -123,7 +123,6 @@ impl Tree {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
 
     fn key(tree: &Path) -> crate::Key {
         let mut hasher = KeyHasher::new("step");
