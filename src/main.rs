@@ -1,1 +1,25 @@
-fn main() {}
+//! `kiln`: arguments, terminal, exit status.
+
+mod cli;
+mod commands;
+mod image_base;
+mod output;
+mod registry;
+mod session;
+mod site;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let arguments = cli::Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return output::fatal(&format!("cannot start: {error}")),
+    };
+    let status = runtime.block_on(commands::run(arguments));
+    // A thread that still reads a disk must not hold up the end.
+    runtime.shutdown_background();
+    ExitCode::from(status)
+}

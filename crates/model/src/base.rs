@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use crate::Digest;
 use crate::error::Result;
-use crate::image::{DiskRecord, Firmware};
+use crate::image::Firmware;
 use crate::machine::Context;
 
 /// A file that holds a disk, in a format that is known and was checked: a
@@ -54,9 +54,6 @@ pub struct Base {
     /// Whether its guest reads systemd credentials; `None`: not known, so
     /// every way in is offered.
     pub credentials: Option<bool>,
-    /// Its blocks, where a store has them already; known for a base that is an
-    /// image, and for any base from its second use on.
-    pub record: Option<DiskRecord>,
 }
 
 /// A way to get a base. One for each key of `[base]`.
@@ -80,10 +77,10 @@ pub trait BaseSource: Send + Sync {
     /// [`crate::Code::DigestMismatch`] when it is not what it should be.
     async fn fetch(&self, fresh: bool, context: &Context) -> Result<Base>;
 
-    /// Remembers the blocks of a base that was fetched, now that a store has
-    /// them.
+    /// Remembers the disk digest of a base that was fetched, now that a store
+    /// has its blocks.
     ///
     /// # Errors
     /// When that cannot be written.
-    fn remember(&self, base: &Base, record: &DiskRecord) -> Result<()>;
+    fn remember(&self, base: &Base, digest: &Digest) -> Result<()>;
 }

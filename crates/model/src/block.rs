@@ -1,7 +1,11 @@
 //! Blocks: how a disk's content moves between the parts.
 
+use std::collections::BTreeMap;
+
+use crate::Digest;
+use crate::base::Base;
 use crate::error::Result;
-use crate::image::{BlockMap, DiskRecord};
+use crate::image::{BlockMap, Config, DiskRecord};
 
 /// Size of a block in bytes, always. The digests of blocks are those of the
 /// EBS direct APIs, which fix this size.
@@ -65,6 +69,44 @@ pub trait ImageSink: Send + Sync {
         parents: &[DiskRecord],
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<DiskRecord>;
+
+    /// Makes an image of disks that were written, and names it
+    /// `name:version`. An image of the same content under that name is given
+    /// back as it is. `annotations` go into the manifest.
+    ///
+    /// # Errors
+    /// [`crate::Code::Refused`] when that version is immutable by now and
+    /// something else; or when it cannot be written.
+    fn publish(&self, config: &Config, disks: &[DiskRecord], annotations: &BTreeMap<String, String>) -> Result<Published>;
+
+    /// The blocks of a base that an earlier bake has stored.
+    ///
+    /// # Errors
+    /// When they are there and cannot be read.
+    fn base(&self, disk: &Digest) -> Result<Option<DiskRecord>>;
+
+    /// Stores the blocks of a base under its disk digest, so that every bake
+    /// on it stores only what differs. `label` is for people.
+    ///
+    /// # Errors
+    /// As [`ImageSink::write_disk`].
+    fn adopt(&self, base: &Base, label: &str, progress: &mut dyn FnMut(u64, u64)) -> Result<DiskRecord>;
+
+    /// The root disk of the newest image of that name: its blocks need not be
+    /// stored again either.
+    ///
+    /// # Errors
+    /// When it is there and cannot be read.
+    fn predecessor(&self, name: &str) -> Result<Option<DiskRecord>>;
+}
+
+/// What came of publishing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// What `name:version` meant before, when it was something else.
+    pub moved_from: Option<Digest>,
 }
 
 /// Which blocks of a disk are known to be zero, to be unchanged, or have to be

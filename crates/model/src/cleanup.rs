@@ -110,7 +110,7 @@ impl Scope {
     }
 
     /// Ends the ledger.
-    pub fn close(self) {
+    pub fn close(&self) {
         self.ledger.close();
     }
 

@@ -14,9 +14,18 @@ pub const IMAGE: &str = "application/vnd.kiln.image.v1+json";
 /// Media type of an image's config.
 pub const CONFIG: &str = "application/vnd.kiln.config.v1+json";
 /// Media type of a disk's block map.
-pub const BLOCK_MAP: &str = "application/vnd.kiln.blockmap.v1+json";
+pub const BLOCK_MAP: &str = "application/vnd.kiln.blockmap.v1";
 /// Media type of a pack: zstd frames of one block each.
 pub const PACK: &str = "application/vnd.kiln.pack.v1+zstd";
+
+/// Annotation with the time of the bake, RFC 3339.
+pub const CREATED: &str = "org.opencontainers.image.created";
+/// Annotation with the bake's id.
+pub const BAKE: &str = "vnd.kiln.bake";
+/// Annotation with what an image is kept for; see [`KIND_BASE`].
+pub const KIND: &str = "vnd.kiln.kind";
+/// Kept because bakes start from it, not because somebody baked it.
+pub const KIND_BASE: &str = "base";
 
 /// How firmware starts a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -127,8 +127,8 @@ impl Ledger {
     }
 
     /// Ends the ledger: when nothing is live any more, its file goes too.
-    pub fn close(self) {
-        let state = self.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    pub fn close(&self) {
+        let state = self.lock();
         if state.live.is_empty() {
             let _ = std::fs::remove_file(&self.path);
         }

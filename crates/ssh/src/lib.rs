@@ -1,1 +1,27 @@
 //! Reaching a guest: connect, execute, copy, keys.
+//!
+//! ```text
+//!  Keys ──► Target ──► connect ──► SshGuest (one connection, many channels)
+//!                                     │
+//!                     ┌───────────────┼────────────────┐
+//!                 command          copy out          copy in
+//!              (lines, exit)     (tar ──► files)  (files ──► tar)
+//! ```
+//!
+//! Every byte that goes either way goes through one place, `command.rs`: a
+//! channel whose process is known by its pid, so that a limit in time, or a
+//! caller that stops waiting, ends what runs in the guest too.
+
+mod command;
+mod connect;
+mod copy;
+mod guest;
+mod keys;
+mod lines;
+mod session;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use connect::{Target, connect};
+pub use guest::SshGuest;
+pub use keys::Keys;

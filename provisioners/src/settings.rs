@@ -1,0 +1,102 @@
+//! What all provisioners read their settings with.
+
+use kiln_model::settings::{Node, Problems, Reader, Value};
+
+/// The keys of `[[provision]]` that are common to all provisioners.
+const COMMON: [&str; 10] = ["name", "env", "secrets", "user", "timeout", "retries", "only", "cache", "include", "checkpoint"];
+
+/// Ends the reading of a provisioner's own table, whose keys are `own`. A
+/// common key that strayed into it is not just unknown: its place is one level
+/// up.
+pub(crate) fn finish(reader: Reader<'_>, node: &Node, own: &[&str], problems: &mut Problems) {
+    let strayed = |name: &str| COMMON.contains(&name) && !own.contains(&name);
+    let mut found = Vec::new();
+    if let Value::Table(table) = &node.value {
+        for entry in &table.entries {
+            if let Some(name) = COMMON.iter().find(|name| strayed(name) && entry.name == **name) {
+                found.push(*name);
+                problems
+                    .add(entry.place, format!("`{name}` is common to all provisioners"))
+                    .label("does not belong in this table")
+                    .help(format!("move `{name}` above, into [[provision]]"));
+            }
+        }
+    }
+    // Only those that were complained about: the others would be offered as
+    // corrections of misspelt keys.
+    reader.finish_with(&found, problems);
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::path::Path;
+
+    use kiln_model::provision::Provisioner;
+    use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
+
+    pub(crate) fn text(text: &str) -> Node {
+        Node { value: Value::String(text.into()), place: Place::default() }
+    }
+
+    pub(crate) fn node(value: Value) -> Node {
+        Node { value, place: Place::default() }
+    }
+
+    pub(crate) fn table(entries: &[(&str, Value)]) -> Node {
+        let place = Place::default();
+        let entries = entries.iter().map(|(name, value)| Entry { name: (*name).into(), place, node: node(value.clone()) }).collect();
+        node(Value::Table(Table { entries }))
+    }
+
+    pub(crate) fn string(text: &str) -> Value {
+        Value::String(text.into())
+    }
+
+    /// Reads settings of a kind that must be right.
+    pub(crate) fn read(kind: &str, settings: &Node, folder: &Path) -> Box<dyn Provisioner> {
+        let mut problems = Problems::default();
+        let kind = crate::all().into_iter().find(|k| k.name() == kind).unwrap();
+        let provisioner = kind.read(settings, folder, &mut problems);
+        assert!(problems.is_empty(), "{:?}", problems.0);
+        provisioner.unwrap()
+    }
+
+    /// Reads settings of a kind that must be wrong; gives messages and helps.
+    pub(crate) fn wrong(kind: &str, settings: &Node, folder: &Path) -> Vec<String> {
+        let mut problems = Problems::default();
+        let kind = crate::all().into_iter().find(|k| k.name() == kind).unwrap();
+        assert!(kind.read(settings, folder, &mut problems).is_none());
+        assert!(!problems.is_empty());
+        problems.0.into_iter().map(|problem| format!("{} | {}", problem.message, problem.help.unwrap_or_default())).collect()
+    }
+
+    /// The key of a step alone.
+    pub(crate) fn key(provisioner: &dyn Provisioner) -> kiln_model::Key {
+        let mut hasher = kiln_model::key::KeyHasher::new("step");
+        provisioner.key(&mut hasher).unwrap();
+        hasher.finish()
+    }
+
+    #[test]
+    fn a_common_key_in_the_table_of_any_kind_is_to_be_moved() {
+        let folder = tempfile::tempdir().unwrap();
+        let bodies: [(&str, &[(&str, Value)]); 3] = [
+            ("shell", &[("inline", string("true"))]),
+            ("file", &[("content", string("x")), ("destination", string("/x"))]),
+            ("reboot", &[]),
+        ];
+        for (kind, body) in bodies {
+            for name in super::COMMON {
+                let own = crate::all().into_iter().find(|k| k.name() == kind).unwrap().keys().contains(&name);
+                let mut entries = body.to_vec();
+                entries.push((name, string("5m")));
+                if own {
+                    read(kind, &table(&entries), folder.path());
+                } else {
+                    let found = wrong(kind, &table(&entries), folder.path());
+                    assert_eq!(found, [format!("`{name}` is common to all provisioners | move `{name}` above, into [[provision]]")]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! `kiln images`: what is in the store.
+
+use std::time::{Duration, SystemTime};
+
+use kiln_model::{Code, Error, Result};
+use kiln_store::Image;
+use serde_json::json;
+
+use super::App;
+use crate::cli::Images;
+use crate::output::{ago, bytes, show_error, table};
+
+pub(super) fn run(app: &App, arguments: &Images) -> Result<u8> {
+    let listing = app.store()?.images(arguments.all)?;
+    let wanted = |image: &&Image| arguments.name.as_ref().is_none_or(|name| image.config.name == *name);
+    let images: Vec<&Image> = listing.images.iter().filter(wanted).collect();
+    if let (true, Some(name)) = (images.is_empty(), &arguments.name) {
+        return Err(Error::new(Code::NotFound, format!("no image `{name}` is in the store")).next("`kiln images` lists them all"));
+    }
+    for (digest, error) in &listing.damaged {
+        show_error(&Error::new(Code::Corrupt, format!("image {digest} is damaged: {}", error.chain())).next("`kiln verify` says what is missing"));
+    }
+    let value: Vec<_> = images.iter().map(|image| as_json(image)).collect();
+    app.output.result(&value, || {
+        if images.is_empty() {
+            return "no images yet; `kiln init` writes a template, `kiln bake` bakes it".to_owned();
+        }
+        let mut rows = vec![["NAME", "VERSION", "DIGEST", "CREATED", "DISK", "SIZE"].map(String::from).to_vec()];
+        rows.extend(images.iter().map(|image| row(image)));
+        table(&rows)
+    });
+    Ok(if listing.damaged.is_empty() { 0 } else { Code::Corrupt.exit_status() })
+}
+
+fn row(image: &Image) -> Vec<String> {
+    // Every tag that points to it; one that was moved away has none.
+    let mut tags: Vec<&str> = image.names.iter().filter_map(|name| name.split_once(':').map(|(_, tag)| tag)).collect();
+    tags.sort_by_key(|tag| *tag != image.config.version);
+    let tags = if tags.is_empty() { "-".to_owned() } else { tags.join(", ") };
+    let disk: u64 = image.config.disks.iter().map(|disk| disk.size).sum();
+    let created = image.created().and_then(|text| text.parse::<jiff::Timestamp>().ok());
+    let age = created.and_then(|time| SystemTime::now().duration_since(time.into()).ok()).map_or_else(|| "-".to_owned(), ago_or_now);
+    vec![image.config.name.clone(), tags, format!("sha256:{}", image.digest.short()), age, bytes(disk), bytes(image.size)]
+}
+
+fn ago_or_now(age: Duration) -> String {
+    if age.as_secs() == 0 { "now".to_owned() } else { ago(age) }
+}
+
+/// An image as `images` and `inspect` tell it to programs.
+pub(super) fn as_json(image: &Image) -> serde_json::Value {
+    json!({
+        "name": image.config.name, "version": image.config.version, "arch": image.config.architecture,
+        "digest": image.digest, "disk_digest": image.disk_digest(), "created": image.created(),
+        "tags": image.names, "fixed": image.fixed, "base": image.base, "size": image.size,
+    })
+}

@@ -1,0 +1,131 @@
+//! Images of the store as bases: for `[base] image = "…"` and for `kiln run`.
+//!
+//! A machine starts from a file, so an image's disk is unpacked once, named by
+//! its disk digest, and kept in the cache, which can be removed at any time.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+use kiln_model::base::{Base, BaseSource, DiskFile, DiskFormat};
+use kiln_model::home::Home;
+use kiln_model::kind::Kind;
+use kiln_model::machine::Context;
+use kiln_model::reference::Reference;
+use kiln_model::settings::{Node, Problems, Reader};
+use kiln_model::{Digest, Result, ResultExt as _};
+use kiln_store::Store;
+
+/// `[base] image = "…"`.
+pub(crate) struct ImageKind(Home);
+
+impl ImageKind {
+    pub(crate) fn new(home: Home) -> Self {
+        Self(home)
+    }
+}
+
+impl Kind<dyn BaseSource> for ImageKind {
+    fn name(&self) -> &'static str {
+        "image"
+    }
+
+    fn keys(&self) -> &'static [&'static str] {
+        &["image"]
+    }
+
+    fn read(&self, settings: &Node, _: &Path, problems: &mut Problems) -> Option<Box<dyn BaseSource>> {
+        let mut reader = Reader::new(settings, "[base]", problems)?;
+        let place = reader.entry("image")?.node.place;
+        let text = reader.string("image", problems)?;
+        match text.parse::<Reference>() {
+            Ok(reference) => Some(Box::new(ImageSource { home: self.0.clone(), reference, in_use: Mutex::default() })),
+            Err(error) => {
+                let problem = problems.add(place, error.to_string());
+                if let Some(next) = error.next_move() {
+                    problem.help(next);
+                }
+                None
+            }
+        }
+    }
+}
+
+struct ImageSource {
+    home: Home,
+    reference: Reference,
+    in_use: Mutex<Option<File>>,
+}
+
+#[async_trait]
+impl BaseSource for ImageSource {
+    fn label(&self) -> String {
+        self.reference.to_string()
+    }
+
+    fn known(&self) -> Result<Option<Digest>> {
+        let store = Store::open(&self.home.store())?;
+        Ok(store.image(&store.resolve(&self.reference)?)?.disk_digest())
+    }
+
+    async fn fetch(&self, _fresh: bool, context: &Context) -> Result<Base> {
+        let store = Store::open(&self.home.store())?;
+        let (base, lock) = unpack(&self.home, &store, &self.reference, context).await?;
+        *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
+        Ok(base)
+    }
+
+    fn remember(&self, _: &Base, _: &Digest) -> Result<()> {
+        // The store knows its own images.
+        Ok(())
+    }
+}
+
+/// Unpacks the root disk of an image into the cache, unless it is there. The
+/// file stays as long as the lock that is given with it is held.
+pub(crate) async fn unpack(home: &Home, store: &Store, reference: &Reference, context: &Context) -> Result<(Base, File)> {
+    let digest = store.resolve(reference)?;
+    let image = store.image(&digest)?;
+    let record = store.record(&digest)?;
+    let size = record.map.size;
+    let path = disks(home)?.join(format!("{}.raw", record.digest.hex()));
+    let lock = locked(&path).await?;
+    if !path.exists() {
+        let temp = context.work.join(format!("{}.raw", record.digest.hex()));
+        let (store, reports, to) = (store.clone(), context.reports.clone(), temp.clone());
+        let unpacked = tokio::task::spawn_blocking(move || {
+            store.materialise(&record, &to, &mut |done, total| reports.progress("unpack", done, Some(total)))
+        });
+        unpacked.await.trying(|| "unpack the image".into())??;
+        std::fs::rename(&temp, &path).trying(|| format!("keep the unpacked disk {}", path.display()))?;
+    }
+    // Others may use it at the same time; nobody may remove it.
+    lock.unlock().and_then(|()| lock.lock_shared()).trying(|| format!("lock {}", path.display()))?;
+    let base = Base {
+        label: reference.to_string(),
+        disk: DiskFile { path, format: DiskFormat::Raw, size },
+        firmware: image.config.firmware,
+        architecture: image.config.architecture,
+        // `false` is also what an older image says that was never asked.
+        credentials: image.config.credentials.then_some(true),
+    };
+    Ok((base, lock))
+}
+
+/// Where unpacked disks are.
+pub(crate) fn disks(home: &Home) -> Result<PathBuf> {
+    let folder = home.cache().join("disks");
+    std::fs::create_dir_all(&folder).trying(|| format!("make the folder {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// The lock beside an unpacked disk, held alone.
+async fn locked(path: &Path) -> Result<File> {
+    let lock = path.with_extension("lock");
+    let locked = tokio::task::spawn_blocking(move || {
+        let file = File::options().create(true).append(true).open(&lock)?;
+        file.lock().map(|()| file)
+    });
+    locked.await.trying(|| "wait for a lock".into())?.trying(|| format!("lock {}", path.display()))
+}

@@ -1,0 +1,118 @@
+//! Bars and spinners, for a terminal.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use kiln_model::event::{Event, Reporter};
+
+use super::plain::title;
+use super::seconds;
+
+/// Draws events on standard error.
+pub(super) struct Terminal {
+    bars: MultiProgress,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    phases: HashMap<String, ProgressBar>,
+    transfers: HashMap<String, ProgressBar>,
+}
+
+impl Terminal {
+    pub(super) fn new() -> Self {
+        Self { bars: MultiProgress::new(), state: Mutex::default() }
+    }
+
+    fn line(&self, text: &str) {
+        let _ = self.bars.println(text);
+    }
+
+    fn spinner(&self, name: &str) -> ProgressBar {
+        let bar = self.bars.add(ProgressBar::new_spinner());
+        bar.set_style(style("{spinner:.cyan} {prefix}  {elapsed:.dim}"));
+        bar.set_prefix(name.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(100));
+        bar
+    }
+
+    fn transfer(&self, name: &str, total: Option<u64>) -> ProgressBar {
+        let bar = self.bars.add(ProgressBar::new(total.unwrap_or(0)));
+        bar.set_style(match total {
+            Some(_) => style("  {prefix:.dim} {bar:30.cyan/dim} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta:.dim}"),
+            None => style("  {prefix:.dim} {binary_bytes}  {binary_bytes_per_sec}"),
+        });
+        bar.set_prefix(name.to_owned());
+        bar
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    // A template is a constant of this file; should one be wrong, the default serves.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
+}
+
+fn dim(text: &str) -> String {
+    console::style(text).dim().for_stderr().to_string()
+}
+
+impl Reporter for Terminal {
+    fn report(&self, event: Event) {
+        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match event {
+            Event::Started { name, version, bake, .. } => {
+                self.line(&format!("{} {name}:{version} {}", console::style("baking").bold().for_stderr(), dim(&bake)));
+            }
+            Event::Begin { phase, name } => {
+                let name = title(phase, &name);
+                let bar = self.spinner(&name);
+                state.phases.insert(name, bar);
+            }
+            Event::Output { name, line, .. } => self.line(&format!("  {} {}", dim(&format!("{name} │")), console::strip_ansi_codes(&line))),
+            Event::Progress { name, done, total } => {
+                let bar = state.transfers.entry(name.clone()).or_insert_with(|| self.transfer(&name, total));
+                bar.set_position(done);
+                if total.is_some_and(|total| done >= total) {
+                    bar.finish_and_clear();
+                    state.transfers.remove(&name);
+                }
+            }
+            Event::End { phase, name, cached, seconds: took } => {
+                let name = title(phase, &name);
+                if let Some(bar) = state.phases.remove(&name) {
+                    bar.finish_and_clear();
+                }
+                let mark = console::style("✓").green().for_stderr();
+                let what = if cached { "cached  " } else { "" };
+                self.line(&format!("{mark} {name}  {}", dim(&format!("{what}{}", seconds(took)))));
+            }
+            Event::Note { message } => self.line(&dim(&message)),
+            Event::Warning { message } => self.line(&format!("{} {message}", console::style("warning:").yellow().bold().for_stderr())),
+            Event::Baked(image) => self.line(&format!(
+                "{} {}:{} {} {}",
+                console::style("baked").green().bold().for_stderr(),
+                image.name,
+                image.version,
+                image.digest,
+                dim(&format!("in {}", seconds(image.seconds)))
+            )),
+            Event::Done { .. } => {
+                for (_, bar) in state.phases.drain() {
+                    bar.finish_and_clear();
+                }
+                for (_, bar) in state.transfers.drain() {
+                    bar.finish_and_clear();
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.bars.clear();
+    }
+}

@@ -1,0 +1,32 @@
+//! The one place that maps a kind to its builder, base or provisioner. A new
+//! one is one more line here.
+
+use kiln_bake::template::Kinds;
+use kiln_model::base::BaseSource;
+use kiln_model::home::Home;
+use kiln_model::kind::Kind;
+use kiln_model::machine::Builder;
+use kiln_model::provision::Provisioner;
+
+use crate::image_base::ImageKind;
+
+/// Everything that a template may name.
+pub(crate) struct Registry {
+    provisioners: Vec<Box<dyn Kind<dyn Provisioner>>>,
+    builders: Vec<Box<dyn Kind<dyn Builder>>>,
+    bases: Vec<Box<dyn Kind<dyn BaseSource>>>,
+}
+
+impl Registry {
+    pub(crate) fn new(home: &Home, site: &kiln_qemu::base::Site) -> Self {
+        let provisioners = kiln_provisioners::all();
+        let builders: Vec<Box<dyn Kind<dyn Builder>>> = vec![Box::new(kiln_qemu::QemuKind::new(home))];
+        let mut bases = kiln_qemu::base::kinds(home.cache(), site.clone());
+        bases.push(Box::new(ImageKind::new(home.clone())));
+        Self { provisioners, builders, bases }
+    }
+
+    pub(crate) fn kinds(&self) -> Kinds<'_> {
+        Kinds { provisioners: &self.provisioners, builders: &self.builders, bases: &self.bases }
+    }
+}
