@@ -52,7 +52,9 @@ impl Record {
 /// error).
 pub(crate) fn place(script: &str, status: u32, records: &[Record], complaint: Option<usize>) -> Option<(usize, String)> {
     let lines: Vec<&str> = script.lines().collect();
-    let found = match records.split_last() {
+    // `exit` in an `EXIT` trap carries on with the status there was.
+    let end = records.iter().rposition(|record| record.command != "exit" || record.status == status).map_or(0, |at| at + 1);
+    let found = match records[..end].split_last() {
         Some((last, before)) if last.depth == 0 && last.status == status => {
             let first = begin(&lines, last);
             // A subshell, a substitution or a function in it may have recorded
@@ -115,7 +117,7 @@ mod tests {
         let output =
             std::process::Command::new("bash").args(["-Eeuo", "pipefail", &at("script")]).env("BASH_ENV", at("prelude")).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        let said = stderr.lines().filter_map(|line| complaint(line, &at("script"))).last();
+        let said = stderr.lines().rev().find_map(|line| complaint(line, &at("script")));
         let trace = std::fs::read_to_string(at("trace")).unwrap_or_default();
         let records: Vec<_> = trace.lines().filter_map(Record::parse).collect();
         let status = output.status.code().unwrap_or(137) as u32;

@@ -1,6 +1,6 @@
 //! `kiln run`: boots an image on a throwaway overlay.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::path::Path;
 
 use kiln_model::base::Base;
@@ -77,13 +77,14 @@ async fn exec(machine: &dyn Machine, command: &str) -> Result<u8> {
     let guest = machine.guest();
     kiln_bake::settle(&*guest).await?;
     let command = Command::new(command);
+    let mut show = |stream, line: &str| match stream {
+        Stream::Stdout => write_line(&mut std::io::stdout().lock(), line),
+        Stream::Stderr => write_line(&mut std::io::stderr().lock(), line),
+    };
     let exit = tokio::select! {
         biased;
         error = machine.ended() => return Err(error),
-        exit = guest.execute(&command, &mut |stream, line| match stream {
-            Stream::Stdout => write_line(&mut std::io::stdout().lock(), line),
-            Stream::Stderr => write_line(&mut std::io::stderr().lock(), line),
-        }) => exit?,
+        exit = guest.execute(&command, &mut show) => exit?,
     };
     Ok(match exit {
         Exit::Status(status) => u8::try_from(status).unwrap_or(255),

@@ -58,7 +58,7 @@ impl Chosen {
 /// # Errors
 /// [`Code::Missing`] when KVM is asked for and does not work, with why and what
 /// to do; or when QEMU is missing.
-pub async fn choose(wanted: Accelerator, binary: &str, work: &Path, scope: &Scope) -> Result<Chosen> {
+pub(crate) async fn choose(wanted: Accelerator, binary: &str, work: &Path, scope: &Scope) -> Result<Chosen> {
     if wanted == Accelerator::Tcg {
         return Ok(Chosen { kvm: false, why: "as the template says".into() });
     }

@@ -12,9 +12,6 @@ use tokio::sync::watch;
 /// How much is kept, in bytes.
 const KEPT: usize = 64 * 1024;
 
-/// How many lines an error shows.
-const SHOWN: usize = 30;
-
 /// What is printed when the machine will never get further, and what it means.
 const HOPELESS: [(&str, &str); 6] = [
     ("No bootable device", "the firmware found nothing to boot on the disk"),
@@ -63,12 +60,12 @@ impl Console {
         Ok(Self { kept, hopeless })
     }
 
-    /// The last lines, fit for a terminal; empty if nothing was printed.
-    pub(crate) fn tail(&self) -> String {
+    /// The last `count` lines, fit for a terminal; empty if nothing was printed.
+    pub(crate) fn tail(&self, count: usize) -> String {
         let bytes: Vec<u8> = lock(&self.kept).iter().copied().collect();
         let text = plain(&String::from_utf8_lossy(&bytes));
         let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(SHOWN)..].join("\n")
+        lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
     /// Waits until something was printed after which waiting is pointless;
@@ -152,8 +149,8 @@ mod tests {
         theirs.write_all(b"nic - not syncing: VFS\n").unwrap();
         assert_eq!(console.hopeless().await, "the guest's kernel panicked");
         drop(theirs);
-        assert!(console.tail().contains("line 19999\n"));
-        assert!(console.tail().lines().count() <= SHOWN);
+        assert!(console.tail(30).contains("line 19999\n"));
+        assert!(console.tail(30).lines().count() <= 30);
         assert!(lock(&console.kept).len() <= KEPT);
     }
 }

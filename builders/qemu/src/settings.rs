@@ -83,7 +83,7 @@ impl QemuKind {
 
     /// A builder with settings that come from no template (`kiln run`).
     pub fn builder(&self, settings: Settings) -> QemuBuilder {
-        QemuBuilder { settings, diagnostics: self.diagnostics.clone(), kept: self.kept.clone() }
+        QemuBuilder { settings, diagnostics: self.diagnostics.clone(), kept: self.kept.clone(), chosen: tokio::sync::OnceCell::new() }
     }
 }
 

@@ -121,8 +121,6 @@ impl Running {
             return false;
         }
         let work = async {
-            // At once, for the process group alone; OpenSSH since 7.9.
-            let _ = self.write.signal(Sig::KILL).await;
             if let Some(mut read) = self.read.take() {
                 // Its pid may still be on the way.
                 while self.prelude.pid.is_none() {
@@ -148,7 +146,15 @@ impl Running {
             let _ = self.write.close().await;
             done
         };
-        timeout(KILLING, work).await.unwrap_or(false)
+        if timeout(KILLING, work).await.unwrap_or(false) {
+            return true;
+        }
+        // Better than nothing: sshd itself (since OpenSSH 7.9) kills the process
+        // group. Not sooner: it would orphan descendants with sessions of their
+        // own before they are found.
+        let _ = self.write.signal(Sig::KILL).await;
+        let _ = self.write.close().await;
+        false
     }
 }
 

@@ -70,17 +70,21 @@ impl SshGuest {
     /// A channel. As long as nothing was asked of the guest, a connection that
     /// turns out to be dead is made again.
     async fn channel(&self) -> Result<(Arc<Session>, Channel<Msg>)> {
-        let session = self.session(AGAIN).await?;
-        match session.open().await {
-            Ok(channel) => return Ok((session, channel)),
-            Err(russh::Error::ChannelOpenFailure(why)) => {
-                return Err(Error::new(Code::Unreachable, format!("the guest's sshd opens no channel: {why:?}")));
+        let end = Instant::now() + AGAIN;
+        loop {
+            let session = self.session(AGAIN).await?;
+            match session.open().await {
+                Ok(channel) => return Ok((session, channel)),
+                // sshd counts a session until it has buried its process, which
+                // may be after it closed the channel.
+                Err(russh::Error::ChannelOpenFailure(_)) if Instant::now() < end => sleep(Duration::from_millis(50)).await,
+                Err(russh::Error::ChannelOpenFailure(why)) => {
+                    return Err(Error::new(Code::Unreachable, format!("the guest's sshd opens no channel: {why:?}")));
+                }
+                Err(_) if Instant::now() < end => self.forget(&session).await,
+                Err(error) => return Err(session.lost("before the command began").because(error)),
             }
-            Err(_) => self.forget(&session).await,
         }
-        let session = self.session(AGAIN).await?;
-        let channel = session.open().await.map_err(|error| session.lost("before the command began").because(error))?;
-        Ok((session, channel))
     }
 
     /// Runs a command with any input and output.

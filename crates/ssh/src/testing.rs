@@ -95,11 +95,13 @@ fn start(folder: &Path, keys: &Keys, port: u16) -> Child {
     };
     let host = file("host", keys.host_private_openssh());
     let allowed = file("authorized_keys", &format!("{}\n", keys.client_public()));
+    // bash reads `~/.bashrc` under sshd, but for its SHLVL; what a developer has
+    // there (pyenv waits for its lock a minute) is no part of a test.
     let config = file(
         "sshd_config",
         &format!(
             "ListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\nPidFile none\n\
-             PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n",
+             PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nSetEnv SHLVL=5\n",
             host.display(),
             allowed.display()
         ),

@@ -17,7 +17,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -134,6 +134,15 @@ impl Mmdebstrap {
 
     /// Makes the work folder, with the scripts and apt's site settings.
     fn prepare(&self, work: &Path) -> Result<()> {
+        if let Some(mirror) = &self.site.mirror {
+            // It goes through sed into sources.list.
+            let fits = |c: char| c.is_ascii_alphanumeric() || "-._~:/@%+,=".contains(c);
+            let known = ["http://", "https://", "file:/"].iter().any(|scheme| mirror.starts_with(scheme));
+            if !known || !mirror.chars().all(fits) {
+                let wrong = Error::new(Code::Usage, format!("{mirror:?} cannot be a mirror of Debian"));
+                return Err(wrong.next("write `[mirror]` as \"https://host/debian\""));
+            }
+        }
         // A bake that was killed may have left one of this name.
         remove_path(work)?;
         let write = |name: &str, text: &str| {
@@ -308,7 +317,11 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 fn random_id() -> Result<String> {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").trying(|| "read a random number".into())?;
     let id = id.trim();
-    if id.len() == 36 { Ok(id.to_owned()) } else { Err(io::Error::from(io::ErrorKind::InvalidData)).trying(|| "read a random number".into()) }
+    if id.len() == 36 {
+        Ok(id.to_owned())
+    } else {
+        Err(io::Error::from(io::ErrorKind::InvalidData)).trying(|| "read a random number".into())
+    }
 }
 
 #[cfg(test)]
@@ -335,6 +348,59 @@ mod tests {
         assert_eq!(std::fs::metadata(work.join("build.sh")).unwrap().permissions().mode() & 0o777, 0o755);
         let evil = Site { proxy: Some("http://p\";Evil \"1".into()), ..Site::default() };
         assert_eq!(with(evil).apt_settings(&work).unwrap_err().kind(), Code::Usage);
+    }
+
+    #[test]
+    fn a_mirror_cannot_smuggle_anything_into_the_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let try_one = |mirror: &str| {
+            let maker = with(Site { mirror: Some(mirror.into()), ..Site::default() });
+            maker.prepare(&folder.path().join("disk.making")).map_err(|error| error.kind())
+        };
+        assert_eq!(try_one("https://m:8080/debian/20260101T000000Z/"), Ok(()));
+        for wrong in ["m/debian", "http://m/debian bookworm", "http://m/|e;s|x", "http://m/&", "http://m/\ndeb x"] {
+            assert_eq!(try_one(wrong), Err(Code::Usage), "{wrong}");
+        }
+    }
+
+    /// Builds a real base: `KILN_TEST_BASE=/some/base.raw cargo test -- --ignored`.
+    #[tokio::test]
+    #[ignore = "downloads 150 MB of packages and takes a minute or two"]
+    async fn a_real_base() {
+        let suite = std::env::var("KILN_TEST_SUITE").unwrap_or_else(|_| "bookworm".into());
+        let folder = tempfile::tempdir_in(std::env::var("KILN_TEST_FOLDER").unwrap_or_else(|_| "/var/tmp".into())).unwrap();
+        let (context, _) = crate::base::testing::context(folder.path(), "one");
+        let out = std::env::var("KILN_TEST_BASE").map_or_else(|_| folder.path().join("disk"), PathBuf::from);
+        with(Site::default()).make(&suite, &out, &context).await.unwrap();
+        assert_eq!(std::fs::metadata(&out).unwrap().len(), SIZE);
+        assert!(!out.with_extension("making").exists());
+        let table = gpt::GptConfig::new().open(&out).unwrap();
+        assert_eq!(table.partitions().len(), 3);
+    }
+
+    #[tokio::test]
+    #[ignore = "needs the packages of mmdebstrap, and the network"]
+    async fn dropping_it_leaves_nothing() {
+        let folder = tempfile::tempdir_in(std::env::var("KILN_TEST_FOLDER").unwrap_or_else(|_| "/var/tmp".into())).unwrap();
+        let (context, _) = crate::base::testing::context(folder.path(), "one");
+        let out = folder.path().join("disk");
+        let (maker, unpacking) = (with(Site::default()), out.with_extension("making").join("root/usr/bin"));
+        let until_it_unpacks = async {
+            while !unpacking.join("dpkg").exists() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::select! {
+            result = maker.make("bookworm", &out, &context) => result.unwrap(),
+            () = until_it_unpacks => {}
+        }
+        let failed = context.scope.unwind().await;
+        assert!(failed.is_empty(), "{failed:?}");
+        assert!(!out.with_extension("making").exists());
+        let mine = folder.path().to_string_lossy().into_owned();
+        let left = std::fs::read_dir("/proc").unwrap().filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok());
+        let left: Vec<_> = left.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(|line| line.contains(&mine)).collect();
+        assert_eq!(left, Vec::<String>::new());
     }
 
     #[test]

@@ -39,7 +39,8 @@ read -r disk <"$part/../size"
 # In sectors; what is less than 2 MiB is alignment and the second GPT.
 [ $((disk - start - size)) -gt 4096 ] || exit 0
 name=$(sed -n 's/^DEVNAME=//p' "$part/../uevent")
-exec growpart "/dev/$name" "$number"
+echo ', +' | sfdisk -q --no-reread --no-tell-kernel --force -N "$number" "/dev/$name"
+exec partx --update --nr "$number" "/dev/$name"
 E
 chmod 755 "$root/usr/lib/kiln/grow-root"
 put /etc/systemd/system/kiln-grow-root.service <<'E'
@@ -103,11 +104,13 @@ WantedBy=ssh.service ssh.socket
 E
 in_root systemctl -q enable kiln-ssh-host-keys.service
 
-# --- cloud-init: keep the image's package sources
+# --- cloud-init: keep the image's package sources and locale
 put /etc/cloud/cloud.cfg.d/20_kiln.cfg <<'E'
 apt:
   preserve_sources_list: true
+locale: false
 E
+echo 'LANG=C.UTF-8' >"$root/etc/default/locale"
 
 # --- less to do at boot
 # No LVM snapshots to reap, no crash dumps of firmware.

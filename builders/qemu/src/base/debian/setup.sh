@@ -17,7 +17,14 @@ esac
 # Site settings hold for the build alone: customize.sh takes them out again.
 cp "$list" "$KILN_WORK/sources.list"
 if [ -n "$KILN_MIRROR" ]; then
-    sed -E -i "s|https?://[^ ]*/debian(-security)?/? |${KILN_MIRROR%/}\\1 |" "$list"
+    mirror=${KILN_MIRROR%/}
+    sed -E -i "s|https?://[^ ]*/debian/? |$mirror |" "$list"
+    # A mirror has the security archive beside the main one, and so has a
+    # snapshot of a certain time (…/debian/TIME). Else it stays Debian's own.
+    security=$(printf '%s' "$mirror" | sed -E 's|/debian(/[^/]*)?$|/debian-security\1|')
+    if [ "$security" != "$mirror" ]; then
+        sed -E -i "s|https?://[^ ]*/debian-security/? |$security |" "$list"
+    fi
 fi
 [ ! -s "$KILN_WORK/site.conf" ] || cp "$KILN_WORK/site.conf" "$root/etc/apt/apt.conf.d/99kiln-site"
 

@@ -1,0 +1,281 @@
+//! A QEMU process, from its start to its end.
+
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_disk::process::{self, Child};
+use kiln_model::cleanup::{Scope, Ticket};
+use kiln_model::secret::Redactor;
+use kiln_model::{Code, Error, Result, ResultExt as _};
+use serde_json::Value;
+use tokio::sync::{mpsc, watch};
+
+use crate::command::{self, Descriptors, Shape};
+use crate::console::Console;
+use crate::qmp::{Event, Qmp};
+use crate::screenshot;
+
+/// How long QEMU may take to write what it holds and leave.
+const CLOSING: Duration = Duration::from_secs(120);
+
+/// How long a screenshot may take, of a QEMU that may be in trouble.
+const PICTURE: Duration = Duration::from_secs(10);
+
+/// How many lines of the console an error shows.
+const CONSOLE_LINES: usize = 30;
+
+/// How many lines of the firmware's messages: it has much to say, and the last
+/// words are those that count.
+const FIRMWARE_LINES: usize = 8;
+
+/// How a machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The guest powered off.
+    PoweredOff,
+    /// The guest's kernel panicked.
+    Panicked,
+    /// It printed that it will get no further; what that means.
+    Hopeless(&'static str),
+    /// This machine's disk is full: the guest could not write.
+    DiskFull,
+    /// The guest's disk could not be read or written.
+    DiskFailed,
+    /// QEMU ended.
+    Died(ExitStatus),
+}
+
+/// A running QEMU.
+pub(crate) struct Vm {
+    child: Child,
+    ticket: Ticket,
+    scope: Arc<Scope>,
+    pub(crate) qmp: Qmp,
+    console: Console,
+    firmware: Console,
+    end: watch::Receiver<Option<End>>,
+    redactor: Redactor,
+    diagnostics: PathBuf,
+    name: String,
+}
+
+/// What a machine needs of its bake.
+pub(crate) struct Surroundings {
+    pub(crate) scope: Arc<Scope>,
+    pub(crate) redactor: Redactor,
+    /// Where screenshots go.
+    pub(crate) diagnostics: PathBuf,
+    /// What their names begin with.
+    pub(crate) name: String,
+}
+
+impl Vm {
+    /// Starts QEMU with `shape`, whose descriptors are filled in here.
+    ///
+    /// # Errors
+    /// When it does not start; with its own words.
+    pub(crate) async fn start(mut shape: Shape<'_>, around: Surroundings) -> Result<Self> {
+        match Self::launch(&shape, &around).await {
+            // A QEMU that was built without seccomp knows no sandbox.
+            Err(error) if error.details().iter().any(|words| words.contains("sandbox")) => {
+                shape.sandbox = false;
+                Self::launch(&shape, &around).await
+            }
+            result => result,
+        }
+        .map_err(|error| taken_port(error, &shape))
+    }
+
+    async fn launch(shape: &Shape<'_>, around: &Surroundings) -> Result<Self> {
+        let pair = || UnixStream::pair().trying(|| "make a connection to QEMU".into());
+        let ((qmp, qmp_end), (serial, serial_end), (firmware, firmware_end)) = (pair()?, pair()?, pair()?);
+        let inherit: Vec<OwnedFd> = [qmp_end, serial_end, firmware_end].map(OwnedFd::from).into();
+        let descriptors = Descriptors { qmp: inherit[0].as_raw_fd(), serial: inherit[1].as_raw_fd(), firmware: inherit[2].as_raw_fd() };
+        let mut command = Command::new(&shape.settings.binary);
+        command.args(command::arguments(&Shape { descriptors, ..*shape }));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let (child, ticket) = process::spawn_registered(&around.scope, command, "QEMU", inherit)?;
+        let (console, firmware) = (Console::read(serial)?, Console::read(firmware)?);
+        let (qmp, events) = match Qmp::connect(qmp).await {
+            Ok(connected) => connected,
+            Err(error) => {
+                // It closed the connection, so that it is about to end by itself.
+                let status = tokio::time::timeout(Duration::from_secs(10), child.ended()).await;
+                around.scope.undo(ticket).await?;
+                return Err(status.map_or(error, |status| child.failure(status)));
+            }
+        };
+        let (tell, end) = watch::channel(None);
+        tokio::spawn(watch_over(events, child.clone(), console.clone(), firmware.clone(), tell));
+        let Surroundings { scope, redactor, diagnostics, name } = around;
+        Ok(Self {
+            child,
+            ticket,
+            scope: scope.clone(),
+            qmp,
+            console,
+            firmware,
+            end,
+            redactor: redactor.clone(),
+            diagnostics: diagnostics.clone(),
+            name: name.clone(),
+        })
+    }
+
+    /// Waits until the machine has ended, and tells how.
+    pub(crate) async fn end(&self) -> End {
+        let mut end = self.end.clone();
+        let told = end.wait_for(Option::is_some).await.ok().and_then(|end| *end);
+        match told {
+            Some(end) => end,
+            None => End::Died(self.child.ended().await),
+        }
+    }
+
+    /// The error for an end that nobody asked for.
+    pub(crate) async fn unexpected(&self, end: End) -> Error {
+        let error = match end {
+            End::PoweredOff => Error::new(Code::MachineEnded, "the guest powered itself off")
+                .next("a step must not shut the machine down; restart it with the provisioner `reboot`"),
+            End::Panicked => Error::new(Code::MachineEnded, "the guest's kernel panicked"),
+            End::Hopeless(meaning) => Error::new(Code::MachineEnded, format!("the machine cannot go on: {meaning}")),
+            End::DiskFull => Error::new(Code::DiskFull, "the guest could not write to its disk")
+                .because(std::io::Error::from(std::io::ErrorKind::StorageFull)),
+            End::DiskFailed => Error::new(Code::MachineEnded, "the guest's disk could not be read or written").next("see this machine's kernel log"),
+            End::Died(status) => {
+                let error = Error::new(Code::MachineEnded, format!("QEMU ended unexpectedly ({})", process::describe(status)));
+                match self.child.stderr_tail() {
+                    words if words.is_empty() => error.next("if the kernel ended it for lack of memory, lower `memory` in [builder.qemu]"),
+                    words => error.detail(format!("QEMU's last words:\n{words}")),
+                }
+            }
+        };
+        self.explain(error, !matches!(end, End::Died(_) | End::PoweredOff)).await
+    }
+
+    /// Adds the end of the console and, with `picture`, a screenshot's path.
+    pub(crate) async fn explain(&self, error: Error, picture: bool) -> Error {
+        let (console, firmware) = (self.console.tail(CONSOLE_LINES), self.firmware.tail(FIRMWARE_LINES));
+        let error = match (console.as_str(), firmware.as_str()) {
+            ("", "") => error.detail("the guest printed nothing on its serial console"),
+            // A boot loader was never reached: all that is known is the firmware's.
+            ("", firmware) => error.detail(format!("the end of the firmware's messages:\n{}", self.redactor.clean(firmware))),
+            (console, _) => error.detail(format!("the end of the guest's serial console:\n{}", self.redactor.clean(console))),
+        };
+        if !picture || self.child.status().is_some() {
+            return error;
+        }
+        match tokio::time::timeout(PICTURE, screenshot::take(&self.qmp, &self.diagnostics, &self.name)).await {
+            Ok(Ok(path)) => error.detail(format!("screenshot: {}", path.display())),
+            _ => error,
+        }
+    }
+
+    /// Ends QEMU so that its disk is whole.
+    ///
+    /// # Errors
+    /// When it fails or takes too long; it is gone in any case.
+    pub(crate) async fn quit(self) -> Result<()> {
+        // The connection may close before the answer comes.
+        let asked = self.qmp.execute("quit", Value::Null).await;
+        let status = match tokio::time::timeout(CLOSING, self.child.ended()).await {
+            Ok(status) => status,
+            Err(_) => {
+                self.kill().await;
+                return Err(Error::new(Code::Timeout, format!("QEMU did not close its disk within {} s", CLOSING.as_secs())));
+            }
+        };
+        self.scope.forget(self.ticket)?;
+        match asked {
+            _ if status.success() => Ok(()),
+            Err(error) if error.kind() != Code::MachineEnded => Err(error),
+            _ => Err(self.child.failure(status)),
+        }
+    }
+
+    /// Ends QEMU at once.
+    pub(crate) async fn kill(self) {
+        self.child.kill();
+        self.child.ended().await;
+        let _ = self.scope.forget(self.ticket);
+    }
+}
+
+/// Follows a machine until QEMU has ended; the first reason counts.
+async fn watch_over(
+    mut events: mpsc::UnboundedReceiver<Event>,
+    child: Child,
+    console: Console,
+    firmware: Console,
+    tell: watch::Sender<Option<End>>,
+) {
+    let first = |end| {
+        tell.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
+    };
+    loop {
+        let told = tell.borrow().is_some();
+        let event = tokio::select! {
+            event = events.recv() => event,
+            meaning = console.hopeless(), if !told => { first(End::Hopeless(meaning)); continue }
+            meaning = firmware.hopeless(), if !told => { first(End::Hopeless(meaning)); continue }
+        };
+        match event {
+            None => break,
+            Some(event) => {
+                if let Some(end) = meaning(&event) {
+                    first(end);
+                }
+            }
+        }
+    }
+    first(End::Died(child.ended().await));
+}
+
+/// What an event says about the machine's end (QEMU's `qapi/run-state.json`
+/// and `qapi/block-core.json`).
+fn meaning(event: &Event) -> Option<End> {
+    let text = |key: &str| event.data[key].as_str().unwrap_or_default();
+    match event.name.as_str() {
+        "SHUTDOWN" if text("reason") == "guest-panic" => Some(End::Panicked),
+        "SHUTDOWN" if event.data["guest"] == true => Some(End::PoweredOff),
+        "GUEST_PANICKED" => Some(End::Panicked),
+        "BLOCK_IO_ERROR" if text("action") == "stop" && event.data["nospace"] == true => Some(End::DiskFull),
+        "BLOCK_IO_ERROR" if text("action") == "stop" => Some(End::DiskFailed),
+        _ => None,
+    }
+}
+
+/// Says which of the ports that were asked for is taken, if that was it.
+fn taken_port(error: Error, shape: &Shape<'_>) -> Error {
+    let words = error.details().join("\n");
+    let taken = shape.ports.iter().find(|port| words.contains(&format!("'tcp:127.0.0.1:{}-:{}'", port.host, port.guest)));
+    match taken {
+        Some(port) => Error::new(Code::Usage, format!("port {} of this machine cannot be used", port.host))
+            .detail(words)
+            .next("choose another port; ports below 1024 are for root"),
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn events_and_what_they_mean() {
+        let of = |name: &str, data| meaning(&Event { name: name.into(), data });
+        assert_eq!(of("SHUTDOWN", json!({"guest": true, "reason": "guest-shutdown"})), Some(End::PoweredOff));
+        assert_eq!(of("SHUTDOWN", json!({"guest": false, "reason": "host-qmp-quit"})), None);
+        assert_eq!(of("SHUTDOWN", json!({"guest": true, "reason": "guest-panic"})), Some(End::Panicked));
+        assert_eq!(of("GUEST_PANICKED", json!({"action": "pause"})), Some(End::Panicked));
+        assert_eq!(of("BLOCK_IO_ERROR", json!({"action": "stop", "nospace": true})), Some(End::DiskFull));
+        assert_eq!(of("BLOCK_IO_ERROR", json!({"action": "report", "nospace": false})), None);
+        assert_eq!(of("RESET", json!({"guest": true})), None);
+    }
+}

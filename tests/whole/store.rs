@@ -1,0 +1,85 @@
+//! The store as people use it.
+
+use crate::context::{Kiln, tool};
+
+/// A raw disk with an MBR and some content.
+fn disk(kiln: &Kiln, content: u8) -> std::path::PathBuf {
+    let path = kiln.home.join(format!("disk-{content}"));
+    let mut bytes = vec![0; 4 << 20];
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    bytes[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 0, 0, 1, 0, 0, 0, 0, 16, 0, 0]);
+    bytes[1 << 20..2 << 20].fill(content);
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+#[test]
+fn import_tag_inspect_untag_prune() {
+    let kiln = Kiln::fresh();
+    assert!(kiln.ok(&["images"]).stdout.contains("no images yet"));
+    let (one, two) = (disk(&kiln, 1), disk(&kiln, 2));
+    kiln.ok(&["import", one.to_str().unwrap(), "web:1", "--label", "team=shop"]);
+    kiln.ok(&["import", two.to_str().unwrap(), "web:2"]);
+    kiln.ok(&["tag", "web:1", "web:stable"]);
+
+    let images = kiln.ok(&["images", "--json"]).json();
+    assert_eq!(images.as_array().unwrap().len(), 2);
+    let (first, stable) = (kiln.ok(&["inspect", "--json", "web:1"]).json(), kiln.ok(&["inspect", "--json", "web:stable"]).json());
+    assert_eq!(first["digest"], stable["digest"]);
+    assert_eq!(first["labels"]["team"], "shop");
+    assert_eq!(kiln.ok(&["inspect", "--json", "web"]).json()["version"], "2", "a bare name is the newest");
+    kiln.run(&["inspect", "web:3"]).fails(1, &["no version `3`"]);
+    kiln.run(&["inspect", "wob"]).fails(1, &["did you mean `web`?"]);
+    kiln.run(&["tag", "web:1", "web@production"]).fails(2, &[]);
+
+    // A moved version says so.
+    kiln.ok(&["import", two.to_str().unwrap(), "web:1"]);
+    assert!(kiln.ok(&["tag", "web:2", "web:stable"]).stdout.contains("was sha256:"));
+
+    kiln.ok(&["untag", "web:1"]);
+    kiln.ok(&["untag", "web:2"]);
+    kiln.ok(&["untag", "web:stable"]);
+    let freed = kiln.ok(&["prune", "--json"]).json();
+    assert!(freed["blobs"].as_u64().unwrap() >= 4, "{freed}");
+    assert_eq!(std::fs::read_dir(kiln.store().join("blobs/sha256")).unwrap().count(), 0);
+}
+
+#[test]
+fn verify_names_a_flipped_byte_and_the_images_it_breaks() {
+    let kiln = Kiln::fresh();
+    kiln.ok(&["import", disk(&kiln, 7).to_str().unwrap(), "web:1"]);
+    kiln.ok(&["verify"]);
+    let digest = kiln.ok(&["inspect", "--json", "web:1"]).json()["digest"].as_str().unwrap().replace("sha256:", "");
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(kiln.store().join("blobs/sha256").join(digest)).unwrap()).unwrap();
+    let pack = manifest["layers"][1]["digest"].as_str().unwrap();
+    let path = kiln.store().join("blobs/sha256").join(pack.replace("sha256:", ""));
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    kiln.run(&["verify"]).fails(1, &[pack, "web:1"]);
+    let out = kiln.home.join("out.raw");
+    kiln.run(&["export", "web:1", "-f", "raw", "-o", out.to_str().unwrap()]).fails(1, &[]);
+    assert!(!out.exists(), "a damaged export stays");
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_the_store_whole() {
+    let kiln = Kiln::fresh();
+    kiln.ok(&["import", disk(&kiln, 1).to_str().unwrap(), "small:1"]);
+    let big = kiln.home.join("big");
+    tool("sh", &["-c", &format!("head -c 64M /dev/urandom > {0}; printf '\\125\\252' | dd of={0} bs=1 seek=510 conv=notrunc status=none; printf '\\200\\0\\2\\0\\203\\0\\0\\0\\1\\0\\0\\0\\0\\20\\0\\0' | dd of={0} bs=1 seek=446 conv=notrunc status=none", big.display())]);
+    // A file system of 24 MiB in a mount namespace, which any user may have.
+    let script = format!(
+        "set -e; mount -t tmpfs -o size=24m none /mnt; cp -a {home}/store /mnt/store; \
+         KILN_HOME=/mnt {kiln} import {big} big:1 && exit 90; status=$?; \
+         KILN_HOME=/mnt {kiln} verify && KILN_HOME=/mnt {kiln} images; exit $status",
+        home = kiln.home.display(),
+        kiln = env!("CARGO_BIN_EXE_kiln"),
+        big = big.display()
+    );
+    let output = std::process::Command::new("unshare").args(["-rm", "sh", "-c", &script]).env("NO_COLOR", "1").output().unwrap();
+    let ran = crate::context::Ran::of(output, &["import (full disk)"]);
+    ran.fails(75, &["next:", "free some space"]);
+    assert!(ran.stdout.contains("all sound") && ran.stdout.contains("small") && !ran.stdout.contains("big"), "{ran}");
+}
