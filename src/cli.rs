@@ -169,7 +169,9 @@ pub(crate) struct Run {
 
 fn port(text: &str) -> Result<(u16, u16), String> {
     let parse = |part: &str| part.parse::<u16>().ok().filter(|port| *port > 0);
-    text.split_once(':').and_then(|(host, guest)| Some((parse(host)?, parse(guest)?))).ok_or_else(|| "write HOST:GUEST, such as 8080:80".to_owned())
+    text.split_once(':')
+        .and_then(|(host, guest)| Some((parse(host)?, parse(guest)?)))
+        .ok_or_else(|| "write HOST:GUEST, such as 8080:80".to_owned())
 }
 
 #[derive(Debug, Args)]

@@ -20,12 +20,8 @@ use crate::session::with_context;
 pub(super) async fn run(app: &App, arguments: &Bake) -> Result<u8> {
     let reports = app.output.events();
     let done = bake_one(app, arguments, &reports).await;
-    let event = Event::Done {
-        v: 1,
-        ok: done.is_ok(),
-        images: done.iter().cloned().collect(),
-        error: done.as_ref().err().map(Failure::from),
-    };
+    let event =
+        Event::Done { v: 1, ok: done.is_ok(), images: done.iter().cloned().collect(), error: done.as_ref().err().map(Failure::from) };
     reports.event(event.clone());
     if let Some(path) = &arguments.result {
         write_result(path, &event)?;

@@ -19,7 +19,8 @@ pub(super) async fn run(app: &App) -> Result<u8> {
     app.output.result(&json!({ "ok": good, "home": app.home.root(), "checks": list }), || {
         let home = vec!["ok".to_owned(), "KILN_HOME".to_owned(), app.home.root().display().to_string()];
         let rows: Vec<_> = std::iter::once(home).chain(found.iter().map(row)).collect();
-        let fixes: Vec<_> = found.iter().filter(|check| !check.ok).filter_map(|check| Some(format!("{}: {}", check.name, check.fix.as_ref()?))).collect();
+        let fixes: Vec<_> =
+            found.iter().filter(|check| !check.ok).filter_map(|check| Some(format!("{}: {}", check.name, check.fix.as_ref()?))).collect();
         let fixes = if fixes.is_empty() { String::new() } else { format!("\nto mend it\n  {}\n", fixes.join("\n  ")) };
         table(&rows) + &fixes
     });

@@ -28,8 +28,9 @@ pub(super) async fn run(app: &App, arguments: &Export) -> Result<u8> {
             let ticket = context.scope.before_path(&part)?;
             let raw = if target == Target::Raw { part.clone() } else { context.work.join("disk.raw") };
             let (to, reports) = (raw.clone(), context.reports.clone());
-            let written =
-                tokio::task::spawn_blocking(move || store.materialise(&record, &to, &mut |done, total| reports.progress("export", done, Some(total))));
+            let written = tokio::task::spawn_blocking(move || {
+                store.materialise(&record, &to, &mut |done, total| reports.progress("export", done, Some(total)))
+            });
             written.await.trying(|| "write the disk".into())??;
             if target != Target::Raw {
                 let source = DiskFile { path: raw, format: DiskFormat::Raw, size };

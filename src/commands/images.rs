@@ -18,7 +18,9 @@ pub(super) fn run(app: &App, arguments: &Images) -> Result<u8> {
         return Err(Error::new(Code::NotFound, format!("no image `{name}` is in the store")).next("`kiln images` lists them all"));
     }
     for (digest, error) in &listing.damaged {
-        show_error(&Error::new(Code::Corrupt, format!("image {digest} is damaged: {}", error.chain())).next("`kiln verify` says what is missing"));
+        show_error(
+            &Error::new(Code::Corrupt, format!("image {digest} is damaged: {}", error.chain())).next("`kiln verify` says what is missing"),
+        );
     }
     let value: Vec<_> = images.iter().map(|image| as_json(image)).collect();
     app.output.result(&value, || {

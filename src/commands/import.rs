@@ -33,7 +33,8 @@ pub(super) async fn run(app: &App, arguments: &Import) -> Result<u8> {
         async move {
             let disk = kiln_disk::qemu_img::probe(&arguments.file).await?;
             let (config, reports) = (config.clone(), context.reports.clone());
-            let import = move || store.import(&disk, &config, &BTreeMap::new(), &mut |done, total| reports.progress("import", done, Some(total)));
+            let import =
+                move || store.import(&disk, &config, &BTreeMap::new(), &mut |done, total| reports.progress("import", done, Some(total)));
             tokio::task::spawn_blocking(import).await.map_err(|error| Error::new(Code::Failed, "cannot import the disk").because(error))?
         }
     })

@@ -13,7 +13,8 @@ pub(super) fn run(app: &App, arguments: &Init) -> Result<u8> {
     }
     std::fs::create_dir_all(&arguments.folder).trying(|| format!("make the folder {}", arguments.folder.display()))?;
     std::fs::write(&path, INIT_TEMPLATE).trying(|| format!("write {}", path.display()))?;
-    let bake = if arguments.folder.as_os_str() == "." { "kiln bake".to_owned() } else { format!("kiln bake {}", arguments.folder.display()) };
+    let bake =
+        if arguments.folder.as_os_str() == "." { "kiln bake".to_owned() } else { format!("kiln bake {}", arguments.folder.display()) };
     app.output.result(&serde_json::json!({ "template": path }), || format!("wrote {}; bake it with `{bake}`", path.display()));
     Ok(0)
 }

@@ -6,10 +6,10 @@ use std::path::Path;
 use kiln_model::base::Base;
 use kiln_model::event::{Phase, Stream};
 use kiln_model::guest::{Command, Exit};
+use kiln_model::kind::Kind as _;
 use kiln_model::machine::{Context, Machine, Port, Start};
 use kiln_model::reference::Reference;
 use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
-use kiln_model::kind::Kind as _;
 use kiln_model::{Code, Error, Result, ResultExt as _};
 
 use super::App;
@@ -89,14 +89,16 @@ async fn exec(machine: &dyn Machine, command: &str) -> Result<u8> {
     Ok(match exit {
         Exit::Status(status) => u8::try_from(status).unwrap_or(255),
         // As a shell has it: 128 and the signal's number, where it is a known one.
-        Exit::Signal(name) => 128 + match name.as_str() {
-            "HUP" => 1,
-            "INT" => 2,
-            "KILL" => 9,
-            "SEGV" => 11,
-            "TERM" => 15,
-            _ => 0,
-        },
+        Exit::Signal(name) => {
+            128 + match name.as_str() {
+                "HUP" => 1,
+                "INT" => 2,
+                "KILL" => 9,
+                "SEGV" => 11,
+                "TERM" => 15,
+                _ => 0,
+            }
+        }
     })
 }
 

@@ -11,9 +11,11 @@ pub(super) fn tag(app: &App, arguments: &Tag) -> Result<u8> {
     let store = app.store()?;
     let moved = store.tag(&image, &new)?;
     let digest = store.resolve(&new)?;
-    app.output.result(&serde_json::json!({ "tag": new.to_string(), "digest": digest, "was": moved.as_ref().map(|m| m.from) }), || match &moved {
-        Some(moved) => moved.to_string(),
-        None => format!("{new} is {digest}"),
+    app.output.result(&serde_json::json!({ "tag": new.to_string(), "digest": digest, "was": moved.as_ref().map(|m| m.from) }), || {
+        match &moved {
+            Some(moved) => moved.to_string(),
+            None => format!("{new} is {digest}"),
+        }
     });
     Ok(0)
 }

@@ -17,7 +17,8 @@ pub(super) fn run(app: &App, arguments: &TemplateArgs) -> Result<u8> {
     match load(&arguments.template, &inputs(&arguments.variables), &registry.kinds()) {
         Ok(template) => {
             show_warnings(&template.sources, &template.warnings);
-            let value = json!({ "ok": true, "name": template.name, "version": template.version, "steps": template.steps.len(), "mistakes": [] });
+            let value =
+                json!({ "ok": true, "name": template.name, "version": template.version, "steps": template.steps.len(), "mistakes": [] });
             app.output.result(&value, || format!("{}: no mistakes ({}:{})", template.path.display(), template.name, template.version));
             Ok(0)
         }

@@ -18,10 +18,16 @@ pub(super) fn run(app: &App) -> Result<u8> {
     }
     let value = json!({ "ok": damaged.is_empty(), "blobs": found.blobs, "bytes": found.bytes, "blocks": found.blocks, "damaged": damaged });
     app.output.result(&value, || {
-        format!("{} blobs ({}) and {} blocks read: {}", found.blobs, bytes(found.bytes), found.blocks, match damaged.len() {
-            0 => "all sound".to_owned(),
-            n => format!("{n} damaged"),
-        })
+        format!(
+            "{} blobs ({}) and {} blocks read: {}",
+            found.blobs,
+            bytes(found.bytes),
+            found.blocks,
+            match damaged.len() {
+                0 => "all sound".to_owned(),
+                n => format!("{n} damaged"),
+            }
+        )
     });
     Ok(if damaged.is_empty() { 0 } else { Code::Corrupt.exit_status() })
 }

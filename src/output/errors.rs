@@ -46,7 +46,11 @@ fn draw(sources: &[Source], problem: &Problem, severity: Severity) -> String {
     let source = problem.place.and_then(|place| sources.get(place.source));
     let drawn = Drawn { problem, severity, source: source.map(|source| NamedSource::new(&source.name, source.text.clone())) };
     let mut text = String::new();
-    let handler = if console::colors_enabled_stderr() { GraphicalReportHandler::new() } else { GraphicalReportHandler::new_themed(miette::GraphicalTheme::unicode_nocolor()) };
+    let handler = if console::colors_enabled_stderr() {
+        GraphicalReportHandler::new()
+    } else {
+        GraphicalReportHandler::new_themed(miette::GraphicalTheme::unicode_nocolor())
+    };
     match handler.render_report(&mut text, &drawn) {
         Ok(()) => text.trim_end().to_owned(),
         Err(_) => problem.message.clone(),

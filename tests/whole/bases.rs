@@ -3,8 +3,7 @@
 use crate::context::{Kiln, Ran, Template, tool};
 
 fn bake_file(kiln: &Kiln, make: impl FnOnce(&std::path::Path)) -> Ran {
-    let template =
-        Template::new("[image]\nname = \"x\"\nversion = \"1\"\n[base]\nfile = \"disk\"\n[[provision]]\nshell = 'true'\n");
+    let template = Template::new("[image]\nname = \"x\"\nversion = \"1\"\n[base]\nfile = \"disk\"\n[[provision]]\nshell = 'true'\n");
     make(&template.0.path().join("disk"));
     let ran = kiln.run(&["bake", template.path()]);
     assert!(kiln.leftovers().is_empty(), "{:?}", kiln.leftovers());
@@ -71,7 +70,8 @@ fn a_download_that_is_not_what_its_checksum_says_keeps_nothing() {
         ),
     );
     kiln.run(&["bake", template.path()]).fails(1, &[actual, &wrong]);
-    let kept: Vec<_> = tool("find", &[kiln.home.join("cache").to_str().unwrap(), "-type", "f", "-size", "+100k"]).lines().map(String::from).collect();
+    let kept: Vec<_> =
+        tool("find", &[kiln.home.join("cache").to_str().unwrap(), "-type", "f", "-size", "+100k"]).lines().map(String::from).collect();
     assert!(kept.is_empty(), "{kept:?}");
     assert!(kiln.leftovers().is_empty());
 }
@@ -85,7 +85,8 @@ fn a_disk_that_does_not_boot_shows_its_console_and_a_screenshot() {
     );
     let mut bytes = vec![0; 4 << 20];
     // A boot sector that writes to the serial port and stops.
-    let code: &[u8] = &[0xba, 0xf8, 0x03, 0xb0, b'O', 0xee, 0xb0, b'O', 0xee, 0xb0, b'P', 0xee, 0xb0, b'S', 0xee, 0xb0, b'\n', 0xee, 0xf4, 0xeb, 0xfd];
+    let code: &[u8] =
+        &[0xba, 0xf8, 0x03, 0xb0, b'O', 0xee, 0xb0, b'O', 0xee, 0xb0, b'P', 0xee, 0xb0, b'S', 0xee, 0xb0, b'\n', 0xee, 0xf4, 0xeb, 0xfd];
     bytes[..code.len()].copy_from_slice(code);
     bytes[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 0, 0, 1, 0, 0, 0, 0, 16, 0, 0]);
     bytes[510..512].copy_from_slice(&[0x55, 0xaa]);

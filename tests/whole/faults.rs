@@ -62,7 +62,8 @@ impl Bake {
 #[test]
 fn a_script_that_fails_in_its_middle_names_the_line() {
     let kiln = own_home();
-    let template = Template::debian("middle", "[[provision]]\nname = \"broken\"\nshell = '''\necho begun\nls /does/not/exist\necho never\n'''\n");
+    let template =
+        Template::debian("middle", "[[provision]]\nname = \"broken\"\nshell = '''\necho begun\nls /does/not/exist\necho never\n'''\n");
     let ran = kiln.run(&["bake", template.path(), "--json"]);
     ran.fails(1, &["line 2", "ls /does/not/exist", "exit status 2", "step: broken"]);
     assert!(!ran.stderr.contains("| never"), "{ran}");

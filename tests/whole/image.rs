@@ -153,7 +153,8 @@ fn clones_with_a_datasource_differ_in_machine_id_and_host_keys() {
     let kiln = Kiln::with_nginx();
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let user_data = folder.path().join("user-data");
-    std::fs::write(&user_data, "#cloud-config\nhostname: clone\nwrite_files:\n- path: /etc/from-user-data\n  content: yes it is\n").unwrap();
+    std::fs::write(&user_data, "#cloud-config\nhostname: clone\nwrite_files:\n- path: /etc/from-user-data\n  content: yes it is\n")
+        .unwrap();
     let look = "cloud-init status --wait >/dev/null; cat /etc/machine-id /etc/from-user-data; echo; cat /etc/ssh/ssh_host_ed25519_key.pub";
     let clone = || {
         let run = kiln.ok(&["run", "debian-nginx", "--user-data", user_data.to_str().unwrap(), "--exec", look]);
@@ -187,7 +188,8 @@ fn a_bake_on_a_bake_stores_only_what_differs() {
     // The packs of the base are listed again, not stored again.
     let layers = |name: &str| -> Vec<String> {
         let digest = kiln.ok(&["inspect", "--json", name]).json()["digest"].as_str().unwrap().replace("sha256:", "");
-        let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(kiln.store().join("blobs/sha256").join(digest)).unwrap()).unwrap();
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(kiln.store().join("blobs/sha256").join(digest)).unwrap()).unwrap();
         manifest["layers"].as_array().unwrap().iter().skip(1).map(|layer| layer["digest"].as_str().unwrap().to_owned()).collect()
     };
     let (own, base) = (layers("on-top"), layers("debian-nginx"));

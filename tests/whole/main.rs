@@ -1,5 +1,8 @@
 //! Whole-program tests: the real `kiln` on real guests with real packages.
 
+// A test fails by panicking, and says why on standard error.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, clippy::needless_pass_by_value, unreachable_pub)]
+
 mod bases;
 mod context;
 mod faults;

@@ -50,7 +50,8 @@ fn verify_names_a_flipped_byte_and_the_images_it_breaks() {
     kiln.ok(&["import", disk(&kiln, 7).to_str().unwrap(), "web:1"]);
     kiln.ok(&["verify"]);
     let digest = kiln.ok(&["inspect", "--json", "web:1"]).json()["digest"].as_str().unwrap().replace("sha256:", "");
-    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(kiln.store().join("blobs/sha256").join(digest)).unwrap()).unwrap();
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(kiln.store().join("blobs/sha256").join(digest)).unwrap()).unwrap();
     let pack = manifest["layers"][1]["digest"].as_str().unwrap();
     let path = kiln.store().join("blobs/sha256").join(pack.replace("sha256:", ""));
     let mut bytes = std::fs::read(&path).unwrap();
@@ -68,7 +69,16 @@ fn a_full_disk_is_said_and_leaves_the_store_whole() {
     let kiln = Kiln::fresh();
     kiln.ok(&["import", disk(&kiln, 1).to_str().unwrap(), "small:1"]);
     let big = kiln.home.join("big");
-    tool("sh", &["-c", &format!("head -c 64M /dev/urandom > {0}; printf '\\125\\252' | dd of={0} bs=1 seek=510 conv=notrunc status=none; printf '\\200\\0\\2\\0\\203\\0\\0\\0\\1\\0\\0\\0\\0\\20\\0\\0' | dd of={0} bs=1 seek=446 conv=notrunc status=none", big.display())]);
+    tool(
+        "sh",
+        &[
+            "-c",
+            &format!(
+                "head -c 64M /dev/urandom > {0}; printf '\\125\\252' | dd of={0} bs=1 seek=510 conv=notrunc status=none; printf '\\200\\0\\2\\0\\203\\0\\0\\0\\1\\0\\0\\0\\0\\20\\0\\0' | dd of={0} bs=1 seek=446 conv=notrunc status=none",
+                big.display()
+            ),
+        ],
+    );
     // A file system of 24 MiB in a mount namespace, which any user may have.
     let script = format!(
         "set -e; mount -t tmpfs -o size=24m none /mnt; cp -a {home}/store /mnt/store; \

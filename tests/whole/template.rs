@@ -35,7 +35,16 @@ timeout = "5m"
     let ran = kiln.run(&["validate", template.path()]);
     ran.fails(
         2,
-        &["did you mean `memory`?", "did you mean `bookworm`?", "furlongs", "unused", "var.undeclared", "missing/", "two provisioners", "move `timeout` above"],
+        &[
+            "did you mean `memory`?",
+            "did you mean `bookworm`?",
+            "furlongs",
+            "unused",
+            "var.undeclared",
+            "missing/",
+            "two provisioners",
+            "move `timeout` above",
+        ],
     );
     let json = kiln.run(&["validate", template.path(), "--json"]).json();
     let mistakes = json["mistakes"].as_array().unwrap();
@@ -67,7 +76,8 @@ fn variables_come_from_everywhere_and_sensitive_ones_not_from_the_command_line()
     with(&["--var", "region=eu", "--var", "regoin=x"]).fails(2, &["regoin"]);
     let file = template.write("vars.toml", "region = \"us\"\n");
     assert_eq!(with(&["--var-file", file.to_str().unwrap()]).status, 0);
-    let output = kiln.command(&["validate", template.path()]).env("TOKEN_OF_TEST", "x123456").env("KILN_VAR_region", "ap").output().unwrap();
+    let output =
+        kiln.command(&["validate", template.path()]).env("TOKEN_OF_TEST", "x123456").env("KILN_VAR_region", "ap").output().unwrap();
     assert!(output.status.success());
 }
 

@@ -109,11 +109,15 @@ fn cheap_refusal() -> Option<Refused> {
 /// `/proc/cpuinfo` says.
 fn refusal(failed: Option<std::io::ErrorKind>, cpuinfo: Option<&str>) -> Option<Refused> {
     use std::io::ErrorKind;
-    const NESTED: &str = "if this is a virtual machine, enable nested virtualisation for it; otherwise enable virtualisation in its firmware";
+    const NESTED: &str =
+        "if this is a virtual machine, enable nested virtualisation for it; otherwise enable virtualisation in its firmware";
     match failed {
         Some(ErrorKind::NotFound) => return Some(Refused::new("there is no /dev/kvm", NESTED)),
         Some(ErrorKind::PermissionDenied) => {
-            return Some(Refused::new("you may not open /dev/kvm", "add yourself to its group: sudo usermod -aG kvm \"$USER\", then log in again"));
+            return Some(Refused::new(
+                "you may not open /dev/kvm",
+                "add yourself to its group: sudo usermod -aG kvm \"$USER\", then log in again",
+            ));
         }
         Some(kind) => return Some(Refused::new(format!("/dev/kvm does not open ({kind})"), NESTED)),
         None => {}

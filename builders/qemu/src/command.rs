@@ -41,11 +41,10 @@ impl Ovmf {
     pub(crate) fn install(variables: PathBuf) -> Result<Self> {
         let found = OVMF.iter().find(|(code, vars)| Path::new(code).is_file() && Path::new(vars).is_file());
         let (code, empty) = found.ok_or_else(|| {
-            Error::new(Code::Missing, "UEFI firmware for QEMU (OVMF) is missing on this machine").next("install it with `apt-get install ovmf`")
+            Error::new(Code::Missing, "UEFI firmware for QEMU (OVMF) is missing on this machine")
+                .next("install it with `apt-get install ovmf`")
         })?;
-        std::fs::read(empty)
-            .and_then(|bytes| crate::private::write(&variables, &bytes))
-            .trying(|| format!("copy {empty}"))?;
+        std::fs::read(empty).and_then(|bytes| crate::private::write(&variables, &bytes)).trying(|| format!("copy {empty}"))?;
         Ok(Self { code: code.into(), variables })
     }
 }

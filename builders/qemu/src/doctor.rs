@@ -48,7 +48,9 @@ pub async fn checks(settings: &Settings, context: &Context) -> Result<Vec<Check>
         } else {
             // The words for somebody who insists on KVM say what to do.
             let insisted = accelerator::choose(Accelerator::Kvm, &settings.binary, &context.work, &context.scope).await;
-            insisted.err().and_then(|error| error.next_move().map(|next| next.trim_end_matches("; or set accelerator = \"auto\"").to_owned()))
+            insisted
+                .err()
+                .and_then(|error| error.next_move().map(|next| next.trim_end_matches("; or set accelerator = \"auto\"").to_owned()))
         };
         checks.push(Check {
             name: "acceleration".into(),

@@ -20,7 +20,8 @@ const PIXELS: usize = 64 << 20;
 /// When QEMU cannot take it or it cannot be written.
 pub(crate) async fn take(qmp: &Qmp, folder: &Path, name: &str) -> Result<PathBuf> {
     crate::private::folder(folder).trying(|| format!("make {}", folder.display()))?;
-    let path = (1..).map(|n| folder.join(format!("{name}-{n}.png"))).find(|path| !path.exists()).unwrap_or_else(|| folder.join("screen.png"));
+    let path =
+        (1..).map(|n| folder.join(format!("{name}-{n}.png"))).find(|path| !path.exists()).unwrap_or_else(|| folder.join("screen.png"));
     crate::private::write(&path, &[]).trying(|| format!("make {}", path.display()))?;
     let taken = match qmp.execute("screendump", json!({ "filename": path, "format": "png" })).await {
         Ok(_) => Ok(()),
@@ -111,7 +112,15 @@ mod tests {
 
     #[test]
     fn nothing_else_is() {
-        for wrong in [&b""[..], b"P6", b"P6 2 1 255\n\x01", b"P5 1 1 255\n\x01\x01\x01", b"P6 99999 99999 255\n", b"P6 0 0 255\n", b"P6 1 1 70000\nxxx"] {
+        for wrong in [
+            &b""[..],
+            b"P6",
+            b"P6 2 1 255\n\x01",
+            b"P5 1 1 255\n\x01\x01\x01",
+            b"P6 99999 99999 255\n",
+            b"P6 0 0 255\n",
+            b"P6 1 1 70000\nxxx",
+        ] {
             assert_eq!(parse_ppm(wrong), None);
         }
     }

@@ -107,7 +107,7 @@ fn read(node: &Node, folder: &Path, problems: &mut Problems) -> Option<Settings>
     let mut reader = Reader::new(node, "[builder.qemu]", problems)?;
     let mut settings = Settings::default();
     if let Some(memory) = reader.size("memory", problems) {
-        if memory < LEAST_MEMORY || memory > 1 << 44 {
+        if !(LEAST_MEMORY..=1 << 44).contains(&memory) {
             let place = reader.entry("memory").map_or(node.place, |entry| entry.node.place);
             problems.add(place, "`memory` must be at least 128MiB, and no more than a machine can have").help("such as \"1GiB\"");
         }

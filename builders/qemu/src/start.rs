@@ -151,9 +151,7 @@ async fn reach(vm: &Vm, keys: &Arc<Keys>, folder: &Path, start: &Start, limit: D
     };
     if start.disk_size.is_some() {
         tokio::select! {
-            grown = grow_root(&*guest) => if let Err(error) = grown {
-                return Err(error);
-            },
+            grown = grow_root(&*guest) => grown?,
             end = vm.end() => return Err(vm.unexpected(end).await),
         }
     }
@@ -166,7 +164,9 @@ async fn grow_root(guest: &dyn Guest) -> Result<()> {
         return Ok(());
     }
     let error = Error::new(Code::Failed, format!("cannot grow the guest's root file system ({})", output.exit));
-    Err(error.detail(format!("{}{}", output.stdout, output.stderr)).next("leave out `size` in [disk], or give the base growpart and its file system's tools"))
+    Err(error
+        .detail(format!("{}{}", output.stdout, output.stderr))
+        .next("leave out `size` in [disk], or give the base growpart and its file system's tools"))
 }
 
 /// A folder for one machine of a bake: there may be several.

@@ -145,7 +145,9 @@ impl Vm {
             End::Hopeless(meaning) => Error::new(Code::MachineEnded, format!("the machine cannot go on: {meaning}")),
             End::DiskFull => Error::new(Code::DiskFull, "the guest could not write to its disk")
                 .because(std::io::Error::from(std::io::ErrorKind::StorageFull)),
-            End::DiskFailed => Error::new(Code::MachineEnded, "the guest's disk could not be read or written").next("see this machine's kernel log"),
+            End::DiskFailed => {
+                Error::new(Code::MachineEnded, "the guest's disk could not be read or written").next("see this machine's kernel log")
+            }
             End::Died(status) => {
                 let error = Error::new(Code::MachineEnded, format!("QEMU ended unexpectedly ({})", process::describe(status)));
                 match self.child.stderr_tail() {

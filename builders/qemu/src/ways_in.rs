@@ -52,12 +52,18 @@ pub(crate) fn credential(keys: &Keys) -> String {
 /// The commands that write the same files, for a POSIX shell. Holds a private key.
 fn script(keys: &Keys) -> String {
     let mut script = "umask 022\nmkdir -p /run/kiln /etc/ssh/sshd_config.d\nchmod 755 /run/kiln\n".to_owned();
-    let files = [(AUTHORIZED_KEYS, "644", line(keys.client_public())), (HOST_KEY, "600", keys.host_private_openssh().to_owned()), (SSHD_DROP_IN, "644", SSHD.to_owned())];
+    let files = [
+        (AUTHORIZED_KEYS, "644", line(keys.client_public())),
+        (HOST_KEY, "600", keys.host_private_openssh().to_owned()),
+        (SSHD_DROP_IN, "644", SSHD.to_owned()),
+    ];
     for (path, mode, text) in files {
         script.push_str(&format!("(umask 077; printf %s '{}' | base64 -d > {path}; chmod {mode} {path})\n", STANDARD.encode(text)));
     }
     // An sshd that is up already would go on with its old keys.
-    script.push_str("if [ -d /run/systemd/system ]; then systemctl --no-block try-reload-or-restart ssh.service sshd.service 2>/dev/null || :; fi\n");
+    script.push_str(
+        "if [ -d /run/systemd/system ]; then systemctl --no-block try-reload-or-restart ssh.service sshd.service 2>/dev/null || :; fi\n",
+    );
     script
 }
 

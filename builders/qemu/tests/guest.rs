@@ -9,6 +9,9 @@
 //! The base is read only. It must read systemd credentials (Debian 12 and
 //! later do) and start under BIOS and UEFI.
 
+// A test fails by panicking, and says why on standard error.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -115,9 +115,10 @@ async fn get_base(template: &Template, fresh: bool, sink: &Arc<dyn ImageSink>, c
         Some(record) => record,
         None => {
             let (sink, adopted, label, reports) = (sink.clone(), base.clone(), label.clone(), context.reports.clone());
-            let record =
-                crate::blocking("store the base", move || sink.adopt(&adopted, &label, &mut |done, total| reports.progress(&label, done, Some(total))))
-                    .await?;
+            let record = crate::blocking("store the base", move || {
+                sink.adopt(&adopted, &label, &mut |done, total| reports.progress(&label, done, Some(total)))
+            })
+            .await?;
             template.base.remember(&base, &record.digest)?;
             record
         }
@@ -134,7 +135,10 @@ fn disk_size(template: &Template, base: &Base) -> Result<u64> {
         Some(size) if size >= base.disk.size => Ok(size),
         Some(size) => Err(Error::new(
             Code::Usage,
-            format!("`[disk] size` is {size} bytes, but the base {} has {} bytes, and a disk cannot be made smaller", base.label, base.disk.size),
+            format!(
+                "`[disk] size` is {size} bytes, but the base {} has {} bytes, and a disk cannot be made smaller",
+                base.label, base.disk.size
+            ),
         )
         .next(format!("set `[disk] size` to at least \"{}MiB\"", base.disk.size.div_ceil(1 << 20)))),
     }
@@ -205,7 +209,13 @@ async fn stop_and_check(machine: Box<dyn Machine>, keep: &[String], context: &Co
     Ok(stopped)
 }
 
-async fn snapshot(template: &Template, stopped: &dyn Stopped, base: &DiskRecord, sink: &Arc<dyn ImageSink>, context: &Context) -> Result<DiskRecord> {
+async fn snapshot(
+    template: &Template,
+    stopped: &dyn Stopped,
+    base: &DiskRecord,
+    sink: &Arc<dyn ImageSink>,
+    context: &Context,
+) -> Result<DiskRecord> {
     let span = context.reports.begin(Phase::Snapshot, "snapshot");
     let mut source = stopped.blocks().await?;
     let mut parents = vec![base.clone()];

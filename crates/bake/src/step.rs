@@ -76,7 +76,9 @@ async fn place_secrets(guest: &Arc<dyn Guest>, common: &Common, secrets: &BTreeM
             let line = format!("chmod 711 /run/kiln {FOLDER} && chown {} {}", quote(user), quote(&path));
             let output = guest.output(&Command::new(line)).await?;
             if !output.exit.success() {
-                return Err(Error::new(Code::Step, format!("the secret `{name}` cannot be given to the user `{user}`")).detail(output.stderr));
+                return Err(
+                    Error::new(Code::Step, format!("the secret `{name}` cannot be given to the user `{user}`")).detail(output.stderr)
+                );
             }
         }
     }
@@ -91,7 +93,8 @@ async fn remove_secrets(guest: &Arc<dyn Guest>, common: &Common) -> Result<()> {
     if output.exit.success() {
         Ok(())
     } else {
-        Err(Error::new(Code::Step, format!("the secrets of step `{}` could not be removed from the guest", common.name)).detail(output.stderr))
+        Err(Error::new(Code::Step, format!("the secrets of step `{}` could not be removed from the guest", common.name))
+            .detail(output.stderr))
     }
 }
 

@@ -92,7 +92,8 @@ impl Export {
     /// # Errors
     /// When the server could not open the disk; with its words.
     pub fn connect(&self) -> Result<Client> {
-        let stream = UnixStream::connect(short(&self.folder, &self.name)).map_err(|error| nbd::failed("the disk's NBD server is gone", error));
+        let stream =
+            UnixStream::connect(short(&self.folder, &self.name)).map_err(|error| nbd::failed("the disk's NBD server is gone", error));
         stream.and_then(nbd::connect).map_err(|error| match self.child_ended() {
             Some(status) => self.child.failure(status),
             None => error,

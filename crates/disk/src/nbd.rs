@@ -288,9 +288,11 @@ impl Client {
                 CHUNK_STATUS if length >= 12 && length % 8 == 4 => {
                     let context = Some(self.u32()?);
                     let data = self.bytes(length - 4)?;
-                    let stretches = data.as_chunks::<8>().0.iter().map(|[a, b, c, d, flags @ ..]| {
-                        (u64::from(u32::from_be_bytes([*a, *b, *c, *d])), u32::from_be_bytes(*flags))
-                    });
+                    let stretches = data
+                        .as_chunks::<8>()
+                        .0
+                        .iter()
+                        .map(|[a, b, c, d, flags @ ..]| (u64::from(u32::from_be_bytes([*a, *b, *c, *d])), u32::from_be_bytes(*flags)));
                     if context == self.allocation {
                         status.allocation.extend(stretches);
                     } else if context == self.depth {

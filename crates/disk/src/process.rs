@@ -131,9 +131,7 @@ impl Child {
         let error = Error::new(Code::Failed, format!("{} failed ({})", self.0.what, describe(status)));
         match self.stderr_tail() {
             tail if tail.is_empty() => error,
-            tail if tail.contains("No space left on device") => {
-                error.because(io::Error::from(io::ErrorKind::StorageFull)).detail(tail)
-            }
+            tail if tail.contains("No space left on device") => error.because(io::Error::from(io::ErrorKind::StorageFull)).detail(tail),
             tail => error.detail(tail),
         }
     }

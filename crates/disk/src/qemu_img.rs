@@ -53,7 +53,8 @@ impl FromStr for Target {
 
     fn from_str(text: &str) -> Result<Self> {
         [Self::Qcow2, Self::Raw, Self::Vmdk, Self::Vhdx, Self::Vdi].into_iter().find(|target| target.name() == text).ok_or_else(|| {
-            Error::new(Code::Usage, format!("`{text}` is not a format that kiln writes")).next(format!("use one of: {}", Self::NAMES.join(", ")))
+            Error::new(Code::Usage, format!("`{text}` is not a format that kiln writes"))
+                .next(format!("use one of: {}", Self::NAMES.join(", ")))
         })
     }
 }

@@ -86,10 +86,7 @@ fn other(head: &[u8]) -> Refused {
     if head.is_empty() {
         return Refused::new("is empty", None);
     }
-    Refused {
-        what: "is not a disk".into(),
-        next: Some("give a qcow2, or a raw disk with a partition table or a file system".into()),
-    }
+    Refused { what: "is not a disk".into(), next: Some("give a qcow2, or a raw disk with a partition table or a file system".into()) }
 }
 
 /// Reads a qcow2's header; gives its virtual size.

@@ -82,7 +82,9 @@ async fn inspect(path: &Path, what: &str, work: &Path) -> Result<Inspected> {
     let start = head(path)?;
     if let Some(found) = firmware::compression(&start) {
         let next = format!("decompress it (`{} FILE`) and use the result with `file = \"…\"` in [base]", found.undo);
-        return Err(Error::new(Code::Base, format!("{what} is compressed with {}, and kiln does not decompress bases", found.name)).next(next));
+        return Err(
+            Error::new(Code::Base, format!("{what} is compressed with {}, and kiln does not decompress bases", found.name)).next(next)
+        );
     }
     let disk = qemu_img::probe(path).await.map_err(|error| {
         let code = if error.kind() == Code::Failed { Code::Base } else { error.kind() };

@@ -86,8 +86,7 @@ impl Kind<dyn BaseSource> for DebianKind {
             return None;
         };
         let maker = Mmdebstrap { site: self.site.clone() };
-        let source =
-            || Box::new(DebianSource::new(&self.cache, suite, self.site.mirror.as_deref(), Box::new(maker))) as _;
+        let source = || Box::new(DebianSource::new(&self.cache, suite, self.site.mirror.as_deref(), Box::new(maker))) as _;
         (problems.0.len() == before).then(source)
     }
 }

@@ -29,7 +29,11 @@ pub(super) fn leftovers(files: &dyn Files, keep: &[String]) -> Result<Vec<Leftov
                     Action::Remove => {
                         // A folder may stay when it holds only what is kept.
                         if files.kind(&path)? == Some(FileKind::Directory) && keep.iter().any(|k| k.starts_with(&format!("{path}/"))) {
-                            below(files, &path, &mut |path, kind| if kind != FileKind::Directory { add(path) })?;
+                            below(files, &path, &mut |path, kind| {
+                                if kind != FileKind::Directory {
+                                    add(path)
+                                }
+                            })?;
                         } else {
                             add(path);
                         }
@@ -39,7 +43,11 @@ pub(super) fn leftovers(files: &dyn Files, keep: &[String]) -> Result<Vec<Leftov
                             add(format!("{path}/{name}"));
                         }
                     }
-                    Action::Files => below(files, &path, &mut |path, kind| if matches!(kind, FileKind::File(_)) { add(path) })?,
+                    Action::Files => below(files, &path, &mut |path, kind| {
+                        if matches!(kind, FileKind::File(_)) {
+                            add(path)
+                        }
+                    })?,
                     Action::Truncate => {
                         if matches!(files.kind(&path)?, Some(FileKind::File(size)) if size > 0) {
                             add(path);

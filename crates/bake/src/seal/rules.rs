@@ -65,11 +65,19 @@ pub(super) const RULES: &[Rule] = &[
             "/var/lib/NetworkManager/timestamps",
         ],
     ),
-    junk("block device caches", Action::Remove, &["/etc/blkid.tab*", "/etc/blkid/blkid.tab*", "/etc/lvm/cache/.cache", "/etc/lvm/devices/*"]),
+    junk(
+        "block device caches",
+        Action::Remove,
+        &["/etc/blkid.tab*", "/etc/blkid/blkid.tab*", "/etc/lvm/cache/.cache", "/etc/lvm/devices/*"],
+    ),
     // Who may get in.
     precious("SSH keys", Action::Remove, &["/root/.ssh", "/home/*/.ssh"]),
     precious("Kerberos keytab", Action::Remove, &["/etc/krb5.keytab"]),
-    junk("kiln's own way in", Action::Remove, &["/etc/ssh/sshd_config.d/00-kiln.conf", "/usr/lib/systemd/system-shutdown/kiln-seal", "/lib/systemd/system-shutdown/kiln-seal"]),
+    junk(
+        "kiln's own way in",
+        Action::Remove,
+        &["/etc/ssh/sshd_config.d/00-kiln.conf", "/usr/lib/systemd/system-shutdown/kiln-seal", "/lib/systemd/system-shutdown/kiln-seal"],
+    ),
     // What first boots and deployments leave.
     junk("cloud-init state", Action::Empty, &["/var/lib/cloud"]),
     junk(
@@ -82,18 +90,22 @@ pub(super) const RULES: &[Rule] = &[
             "/etc/sudoers.d/90-cloud-init-users",
         ],
     ),
-    junk(
-        "leases",
-        Action::Files,
-        &["/var/lib/dhcp", "/var/lib/dhclient", "/var/lib/dhcpcd", "/var/lib/dhcpd", "/var/lib/systemd/network"],
-    ),
+    junk("leases", Action::Files, &["/var/lib/dhcp", "/var/lib/dhclient", "/var/lib/dhcpcd", "/var/lib/dhcpd", "/var/lib/systemd/network"]),
     junk("leases", Action::Remove, &["/var/lib/NetworkManager/*.lease", "/var/lib/NetworkManager/dhclient-*"]),
     // What was going on.
     junk("logs", Action::Files, &["/var/log"]),
     junk(
         "shell histories",
         Action::Remove,
-        &["/root/.*_history", "/home/*/.*_history", "/root/.lesshst", "/home/*/.lesshst", "/root/.viminfo", "/home/*/.viminfo", "/root/.wget-hsts"],
+        &[
+            "/root/.*_history",
+            "/home/*/.*_history",
+            "/root/.lesshst",
+            "/home/*/.lesshst",
+            "/root/.viminfo",
+            "/home/*/.viminfo",
+            "/root/.wget-hsts",
+        ],
     ),
     junk("crash data", Action::Empty, &["/var/crash", "/var/lib/systemd/coredump", "/var/spool/abrt", "/var/tmp/abrt"]),
     junk("temporary files", Action::Empty, &["/tmp", "/var/tmp"]),
@@ -103,7 +115,11 @@ pub(super) const RULES: &[Rule] = &[
     junk("at jobs", Action::Files, &["/var/spool/at", "/var/spool/atjobs", "/var/spool/atspool"]),
     junk("timer stamps", Action::Files, &["/var/lib/systemd/timers"]),
     // What can be fetched again, and copies of files that changed.
-    junk("package caches", Action::Files, &["/var/cache/apt", "/var/lib/apt/lists", "/var/cache/dnf", "/var/cache/yum", "/var/cache/zypp", "/var/cache/pacman/pkg"]),
+    junk(
+        "package caches",
+        Action::Files,
+        &["/var/cache/apt", "/var/lib/apt/lists", "/var/cache/dnf", "/var/cache/yum", "/var/cache/zypp", "/var/cache/pacman/pkg"],
+    ),
     junk(
         "account backups",
         Action::Remove,

@@ -131,20 +131,50 @@ mod tests {
             std::fs::write(path, "x").unwrap();
         };
         for path in [
-            "etc/machine-id", "etc/ssh/ssh_host_rsa_key", "etc/ssh/sshd_config", "root/.ssh/authorized_keys", "home/deploy/.ssh/authorized_keys",
-            "home/eve/.ssh/id", "var/log/nginx/access log", "var/log/syslog", "tmp/.x", "tmp/y z/a", "root/.bash_history", "etc/passwd",
-            "etc/passwd-", "var/lib/cloud/instances/i/user-data.txt", "var/lib/apt/lists/x", "usr/bin/true",
+            "etc/machine-id",
+            "etc/ssh/ssh_host_rsa_key",
+            "etc/ssh/sshd_config",
+            "root/.ssh/authorized_keys",
+            "home/deploy/.ssh/authorized_keys",
+            "home/eve/.ssh/id",
+            "var/log/nginx/access log",
+            "var/log/syslog",
+            "tmp/.x",
+            "tmp/y z/a",
+            "root/.bash_history",
+            "etc/passwd",
+            "etc/passwd-",
+            "var/lib/cloud/instances/i/user-data.txt",
+            "var/lib/apt/lists/x",
+            "usr/bin/true",
         ] {
             write(path);
         }
         sweep_in(root.path(), &["/home/deploy/.ssh".into()]);
         let there = |path: &str| root.path().join(path).exists();
-        for path in ["etc/ssh/sshd_config", "home/deploy/.ssh/authorized_keys", "var/log/nginx", "tmp", "etc/passwd", "usr/bin/true", "var/lib/cloud"] {
+        for path in [
+            "etc/ssh/sshd_config",
+            "home/deploy/.ssh/authorized_keys",
+            "var/log/nginx",
+            "tmp",
+            "etc/passwd",
+            "usr/bin/true",
+            "var/lib/cloud",
+        ] {
             assert!(there(path), "{path} is gone");
         }
         for path in [
-            "etc/ssh/ssh_host_rsa_key", "root/.ssh", "home/eve/.ssh", "var/log/nginx/access log", "var/log/syslog", "tmp/.x", "tmp/y z",
-            "root/.bash_history", "etc/passwd-", "var/lib/cloud/instances", "var/lib/apt/lists/x",
+            "etc/ssh/ssh_host_rsa_key",
+            "root/.ssh",
+            "home/eve/.ssh",
+            "var/log/nginx/access log",
+            "var/log/syslog",
+            "tmp/.x",
+            "tmp/y z",
+            "root/.bash_history",
+            "etc/passwd-",
+            "var/lib/cloud/instances",
+            "var/lib/apt/lists/x",
         ] {
             assert!(!there(path), "{path} is there");
         }

@@ -41,7 +41,7 @@ rmdir root/boot/kiln
 # The disk file is new and sparse: its zeros need no writing, if this mke2fs
 # (1.47) knows how to be told. Else it leaves them to the kernel.
 prezeroed=assume_storage_prezeroed=1
-mke2fs -n -q -F -E "$prezeroed" "$KILN_DISK" 2>/dev/null ||
+mke2fs -n -q -F -E "$prezeroed" "$KILN_DISK" >/dev/null 2>&1 ||
     prezeroed=lazy_itable_init=1
 MKE2FS_CONFIG=$KILN_WORK/mke2fs.conf mke2fs -q -F -t ext4 -L root -U "$KILN_ROOT_UUID" \
     -d root -E "offset=$KILN_ROOT_OFFSET,nodiscard,$prezeroed" "$KILN_DISK" "${KILN_ROOT_SIZE}k"

@@ -24,7 +24,7 @@ impl Maker for Fake {
 }
 
 fn source(home: &Path, made: &Arc<AtomicUsize>, recipe: &'static str) -> DebianSource {
-    DebianSource::new(home, &SUITES[0], None, Box::new(Fake { made: made.clone(), recipe }), Arc::new(|_| None))
+    DebianSource::new(home, &SUITES[0], None, Box::new(Fake { made: made.clone(), recipe }))
 }
 
 #[tokio::test]
@@ -91,7 +91,7 @@ fn suites_that_are_not_there() {
         let entry = Entry { name: "debian".into(), place, node: node(Value::String(name.into())) };
         let table = node(Value::Table(Table { entries: vec![entry] }));
         let mut problems = Problems::default();
-        let kind = DebianKind::new("/x".into(), Site::default(), Arc::new(|_| None));
+        let kind = DebianKind::new("/x".into(), Site::default());
         assert!(kind.read(&table, Path::new("/"), &mut problems).is_none());
         assert!(problems.0[0].help.as_ref().unwrap().contains(help), "{name}: {problems:?}");
     }

@@ -2,7 +2,6 @@ use super::*;
 use crate::base::checksum::Algorithm;
 use crate::base::testing::{Fault, Server, context, disk};
 use kiln_model::settings::{Place, Table, Value};
-use std::sync::Arc;
 
 fn sum(bytes: &[u8]) -> Checksum {
     let mut hasher = Hasher::new(Algorithm::Sha512);
@@ -18,7 +17,7 @@ fn table(entries: &[(&str, &str)]) -> Node {
 }
 
 fn read(home: &Path, entries: &[(&str, &str)]) -> Result<Box<dyn BaseSource>, Problems> {
-    let kind = UrlKind::new(home.join("cache"), Site::default(), Arc::new(|_| None));
+    let kind = UrlKind::new(home.join("cache"), Site::default());
     let mut problems = Problems::default();
     kind.read(&table(entries), home, &mut problems).ok_or(problems)
 }

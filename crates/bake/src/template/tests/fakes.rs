@@ -5,7 +5,6 @@ use std::path::Path;
 use async_trait::async_trait;
 use kiln_model::base::{Base, BaseSource};
 use kiln_model::checkpoint::Checkpoint;
-use kiln_model::image::DiskRecord;
 use kiln_model::key::KeyHasher;
 use kiln_model::kind::Kind;
 use kiln_model::machine::{Builder, Context, Machine, Start};
@@ -174,7 +173,7 @@ impl BaseSource for Fake {
     async fn fetch(&self, _: bool, _: &Context) -> Result<Base> {
         Err(Error::new(Code::Failed, "a fake has no disk"))
     }
-    fn remember(&self, _: &Base, _: &DiskRecord) -> Result<()> {
+    fn remember(&self, _: &Base, _: &kiln_model::Digest) -> Result<()> {
         Ok(())
     }
 }
