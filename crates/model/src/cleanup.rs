@@ -169,6 +169,7 @@ mod tests {
         assert_eq!(scope.unwind().await.len(), 1);
         assert_eq!(*order.lock().unwrap(), [2, 1, 0]);
         scope.close();
+        drop(scope);
         let left = crate::ledger::orphans(folder.path()).unwrap();
         assert_eq!(left[0].left, [Resource::Path { path: "/1".into() }]);
     }
