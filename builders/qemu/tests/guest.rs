@@ -66,6 +66,9 @@ impl Bake {
         let since = Instant::now();
         let machine = self.builder(Settings::default()).start(base, start, &self.context).await.unwrap();
         eprintln!("started in {:.1} s", since.elapsed().as_secs_f64());
+        if std::env::var_os("KILN_TEST_TIMES").is_some() {
+            eprintln!("{}", said(&*machine, "cat /proc/uptime; systemd-analyze; journalctl -u ssh -o short-monotonic --no-pager").await);
+        }
         machine
     }
 
@@ -110,6 +113,7 @@ async fn a_machine_from_its_start_to_its_blocks() {
     let boot = machine.guest().boot_id().await.unwrap();
     let since = Instant::now();
     let _ = machine.guest().output(&Command::new("systemctl --no-block reboot")).await;
+    eprintln!("asked in {:.1} s", since.elapsed().as_secs_f64());
     machine.guest().wait_for_new_boot(&boot, MINUTES).await.unwrap();
     eprintln!("rebooted in {:.1} s", since.elapsed().as_secs_f64());
     assert_eq!(said(&*machine, "cat /etc/kept").await, "kept");

@@ -5,7 +5,7 @@
 //! types stay on one thread, while the answer may be used from any.
 
 use std::io;
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
@@ -28,7 +28,9 @@ type Question = Box<dyn FnOnce(&Ext4) + Send>;
 
 /// The root file system of a disk.
 pub struct DiskFiles {
-    questions: Mutex<mpsc::Sender<Question>>,
+    /// Present until it is dropped.
+    questions: Mutex<Option<mpsc::Sender<Question>>>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 impl DiskFiles {
@@ -50,16 +52,28 @@ impl DiskFiles {
             Ok(None) => drop(answer.send(Ok(false))),
             Err(error) => drop(answer.send(Err(error))),
         });
-        thread.trying(|| "read the stopped disk's files".into())?;
+        let thread = Some(thread.trying(|| "read the stopped disk's files".into())?);
+        let files = Self { questions: Mutex::new(Some(questions)), thread };
         let found = opened.recv().map_err(|_| gone())??;
-        Ok(found.then(|| Self { questions: Mutex::new(questions) }))
+        Ok(found.then_some(files))
     }
 
     fn ask<T: Send + 'static>(&self, question: impl FnOnce(&Ext4) -> Result<T> + Send + 'static) -> Result<T> {
         let (answer, answered) = mpsc::sync_channel(1);
         let boxed: Question = Box::new(move |root| drop(answer.send(question(root))));
-        self.questions.lock().unwrap_or_else(std::sync::PoisonError::into_inner).send(boxed).map_err(|_| gone())?;
+        let sent = self.questions.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|questions| questions.send(boxed));
+        sent.ok_or_else(gone)?.map_err(|_| gone())?;
         answered.recv().map_err(|_| gone())?
+    }
+}
+
+impl Drop for DiskFiles {
+    /// Waits until the disk is closed: its server is gone then too.
+    fn drop(&mut self) {
+        drop(self.questions.lock().unwrap_or_else(PoisonError::into_inner).take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
