@@ -79,11 +79,12 @@ impl Shown {
         add("-nic", format!("user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:{PORT}-:22"));
         words.push("-nographic".into());
         format!(
-            "the disk as it was: {}\nboot it:  {}\nlog in:   ssh -p {PORT} -i {} -o IdentitiesOnly=yes -o UserKnownHostsFile={} root@127.0.0.1\nremove it: rm -r {}",
+            "the disk as it was: {}\nboot it:  {}\nlog in:   ssh -p {PORT} -i {} -o IdentitiesOnly=yes -o {} root@127.0.0.1\nremove it: rm -r {}",
             disk.display(),
             words.join(" "),
             quote(&path("id_ed25519")),
-            quote(&path("known_hosts")),
+            // ssh splits the value at blanks unless it is in quotes of its own.
+            quote(&format!("UserKnownHostsFile=\"{}\"", path("known_hosts"))),
             quote(&folder.display().to_string()),
         )
     }

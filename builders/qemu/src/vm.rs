@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::sync::{mpsc, watch};
 
 use crate::command::{self, Descriptors, Shape};
-use crate::console::Console;
+use crate::console::{Console, PANIC};
 use crate::qmp::{Event, Qmp};
 use crate::screenshot;
 
@@ -222,8 +222,8 @@ async fn watch_over(
         let told = tell.borrow().is_some();
         let event = tokio::select! {
             event = events.recv() => event,
-            meaning = console.hopeless(), if !told => { first(End::Hopeless(meaning)); continue }
-            meaning = firmware.hopeless(), if !told => { first(End::Hopeless(meaning)); continue }
+            meaning = console.hopeless(), if !told => { first(hopeless(meaning)); continue }
+            meaning = firmware.hopeless(), if !told => { first(hopeless(meaning)); continue }
         };
         match event {
             None => break,
@@ -235,6 +235,12 @@ async fn watch_over(
         }
     }
     first(End::Died(child.ended().await));
+}
+
+/// A panic is the same whether pvpanic or the console tells of it: the former
+/// needs a driver that a guest has not loaded yet early in its boot.
+fn hopeless(meaning: &'static str) -> End {
+    if meaning == PANIC { End::Panicked } else { End::Hopeless(meaning) }
 }
 
 /// What an event says about the machine's end (QEMU's `qapi/run-state.json`

@@ -115,7 +115,7 @@ async fn a_machine_from_its_start_to_its_blocks() {
     let _ = machine.guest().output(&Command::new("systemctl --no-block reboot")).await;
     eprintln!("asked in {:.1} s", since.elapsed().as_secs_f64());
     machine.guest().wait_for_new_boot(&boot, MINUTES).await.unwrap();
-    eprintln!("rebooted in {:.1} s", since.elapsed().as_secs_f64());
+    eprintln!("rebooted in {:.1} s, up for {}", since.elapsed().as_secs_f64(), said(&*machine, "cat /proc/uptime").await);
     assert_eq!(said(&*machine, "cat /etc/kept").await, "kept");
 
     let since = Instant::now();

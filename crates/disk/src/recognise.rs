@@ -169,7 +169,8 @@ mod tests {
     #[test]
     fn headers() {
         assert_eq!(header(|_| {}), Ok(1 << 30));
-        let cases: [(&str, fn(&mut Vec<u8>)); 9] = [
+        type Change = fn(&mut Vec<u8>);
+        let cases: [(&str, Change); 9] = [
             ("version 4", |h| h[7] = 4),
             ("backing file", |h| h[15] = 1),
             ("external data file", |h| h[79] = 4),
