@@ -53,7 +53,7 @@ impl Machine for QemuMachine {
     }
 
     /// Keeps none yet.
-    async fn checkpoint(&mut self, _: &Slot) -> Result<Option<Checkpoint>> {
+    async fn checkpoint(&mut self, _: &Slot) -> Result<Option<Written>> {
         Ok(None)
     }
 

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 
 use crate::base::{Base, DiskFile};
 use crate::block::BlockSource;
-use crate::checkpoint::{Checkpoint, Slot};
+use crate::checkpoint::{Checkpoint, Slot, Written};
 use crate::cleanup::Scope;
 use crate::error::{Error, Result};
 use crate::event::Reports;
@@ -74,11 +74,13 @@ pub trait Builder: Send + Sync {
     async fn start(&self, base: &Base, start: &Start, context: &Context) -> Result<Box<dyn Machine>>;
 
     /// Goes on from a checkpoint, made fresh first: entropy, clock, lease, and
-    /// this bake's keys. `None` when this builder cannot use it; the bake then
-    /// starts from an earlier one, or from the base.
+    /// this bake's keys. Memory is used where it was kept under
+    /// [`Builder::memory_key`]; otherwise the guest boots from the kept disk.
+    /// `None` when this builder cannot use it at all.
     ///
     /// # Errors
-    /// As [`Builder::start`].
+    /// [`crate::Code::DigestMismatch`] when it is damaged; and as
+    /// [`Builder::start`].
     async fn resume(&self, base: &Base, checkpoint: &Checkpoint, start: &Start, context: &Context) -> Result<Option<Box<dyn Machine>>>;
 }
 
@@ -93,11 +95,16 @@ pub trait Machine: Send + Sync {
     async fn ended(&self) -> Error;
 
     /// Copies its state into `slot`: the disk, and the memory where `slot`
-    /// asks for it and the builder can. `None` when it keeps none.
+    /// asks for it and the builder can. `None` when it keeps none. The guest
+    /// stands still meanwhile, and goes on as if nothing had been.
     ///
     /// # Errors
     /// When the state cannot be written; the machine goes on all the same.
-    async fn checkpoint(&mut self, slot: &Slot) -> Result<Option<Checkpoint>>;
+    async fn checkpoint(&mut self, slot: &Slot) -> Result<Option<Written>>;
+
+    /// How many bytes a checkpoint of it would take now, about; `None` when it
+    /// keeps none.
+    fn checkpoint_size(&self) -> Option<u64>;
 
     /// Adds what the machine itself can tell of a failure: the tail of its
     /// console, a screenshot.
