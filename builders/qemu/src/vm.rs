@@ -2,16 +2,16 @@
 
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_disk::process::{self, Child};
 use kiln_model::cleanup::{Scope, Ticket};
 use kiln_model::secret::Redactor;
 use kiln_model::{Code, Error, Result, ResultExt as _};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
 use crate::command::{self, Descriptors, Shape};
@@ -21,6 +21,12 @@ use crate::screenshot;
 
 /// How long QEMU may take to write what it holds and leave.
 const CLOSING: Duration = Duration::from_secs(120);
+
+/// How long writing or reading the state of the devices may take.
+const MIGRATING: Duration = Duration::from_secs(60);
+
+/// What QEMU calls the file of that state.
+const STATE: &str = "state";
 
 /// How long a screenshot may take, of a QEMU that may be in trouble.
 const PICTURE: Duration = Duration::from_secs(10);
@@ -58,6 +64,9 @@ pub(crate) struct Vm {
     console: Console,
     firmware: Console,
     end: watch::Receiver<Option<End>>,
+    /// Status of the newest migration, as its events tell.
+    migration: watch::Receiver<String>,
+    agent: Mutex<Option<UnixStream>>,
     redactor: Redactor,
     diagnostics: PathBuf,
     name: String,
@@ -93,8 +102,17 @@ impl Vm {
     async fn launch(shape: &Shape<'_>, around: &Surroundings) -> Result<Self> {
         let pair = || UnixStream::pair().trying(|| "make a connection to QEMU".into());
         let ((qmp, qmp_end), (serial, serial_end), (firmware, firmware_end)) = (pair()?, pair()?, pair()?);
-        let inherit: Vec<OwnedFd> = [qmp_end, serial_end, firmware_end].map(OwnedFd::from).into();
-        let descriptors = Descriptors { qmp: inherit[0].as_raw_fd(), serial: inherit[1].as_raw_fd(), firmware: inherit[2].as_raw_fd() };
+        let (agent, agent_end) = pair()?;
+        let [qmp_end, serial_end, firmware_end, agent_end] = [qmp_end, serial_end, firmware_end, agent_end].map(OwnedFd::from);
+        let memory = shape.memory.descriptor()?;
+        let descriptors = Descriptors {
+            qmp: qmp_end.as_raw_fd(),
+            serial: serial_end.as_raw_fd(),
+            firmware: firmware_end.as_raw_fd(),
+            memory: memory.as_raw_fd(),
+            agent: agent_end.as_raw_fd(),
+        };
+        let inherit = vec![qmp_end, serial_end, firmware_end, memory, agent_end];
         let mut command = Command::new(&shape.settings.binary);
         command.args(command::arguments(&Shape { descriptors, ..*shape }));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -110,7 +128,8 @@ impl Vm {
             }
         };
         let (tell, end) = watch::channel(None);
-        tokio::spawn(watch_over(events, child.clone(), console.clone(), firmware.clone(), tell));
+        let (tell_migration, migration) = watch::channel(String::new());
+        tokio::spawn(watch_over(events, child.clone(), console.clone(), firmware.clone(), tell, tell_migration));
         let Surroundings { scope, redactor, diagnostics, name } = around;
         Ok(Self {
             child,
@@ -120,6 +139,8 @@ impl Vm {
             console,
             firmware,
             end,
+            migration,
+            agent: Mutex::new(Some(agent)),
             redactor: redactor.clone(),
             diagnostics: diagnostics.clone(),
             name: name.clone(),
@@ -177,6 +198,88 @@ impl Vm {
         }
     }
 
+    /// The host's end of the agent's port; once.
+    pub(crate) fn take_agent(&self) -> Option<UnixStream> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Lets no processor of the guest run.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub(crate) async fn pause(&self) -> Result<()> {
+        self.qmp.execute("stop", Value::Null).await.map(|_| ())
+    }
+
+    /// Lets them run again.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub(crate) async fn go_on(&self) -> Result<()> {
+        self.qmp.execute("cont", Value::Null).await.map(|_| ())
+    }
+
+    /// Puts the empty layer at `path` on the disk of a paused machine. What was
+    /// the top is whole in its file then, and is never written to again.
+    ///
+    /// # Errors
+    /// When QEMU cannot open or use it.
+    pub(crate) async fn freeze_disk(&self, layer: usize, path: &Path) -> Result<()> {
+        let mut node = command::layer_node(layer, path, false);
+        node["backing"] = Value::Null;
+        self.qmp.execute("blockdev-add", node).await?;
+        let arguments = json!({ "node": command::layer_name(layer - 1), "overlay": command::layer_name(layer) });
+        self.qmp.execute("blockdev-snapshot", arguments).await.map(|_| ())
+    }
+
+    /// Writes the state of a paused machine's devices to `file`. Its memory is
+    /// not among it.
+    ///
+    /// # Errors
+    /// When QEMU cannot write it.
+    pub(crate) async fn save_devices(&self, file: OwnedFd) -> Result<()> {
+        self.set_capabilities().await?;
+        self.qmp.pass(STATE, file).await?;
+        self.migrate("migrate", json!({ "uri": format!("fd:{STATE}") })).await.trying(|| "save the state of the machine's devices".into())
+    }
+
+    /// Reads the state that [`Vm::save_devices`] wrote, of a machine that was
+    /// started for it. It stays paused.
+    ///
+    /// # Errors
+    /// When QEMU cannot use it.
+    pub(crate) async fn load_devices(&self, file: OwnedFd) -> Result<()> {
+        self.set_capabilities().await?;
+        self.qmp.pass(STATE, file).await?;
+        self.migrate("migrate-incoming", json!({ "uri": format!("fd:{STATE}") }))
+            .await
+            .trying(|| "load the state of the machine's devices".into())
+    }
+
+    async fn set_capabilities(&self) -> Result<()> {
+        let on = |name: &str| json!({ "capability": name, "state": true });
+        let capabilities = json!({ "capabilities": [on("events"), on("x-ignore-shared")] });
+        self.qmp.execute("migrate-set-capabilities", capabilities).await.map(|_| ())
+    }
+
+    /// Begins a migration and waits for its end.
+    async fn migrate(&self, command: &str, arguments: Value) -> Result<()> {
+        let mut migration = self.migration.clone();
+        migration.mark_unchanged();
+        self.qmp.execute(command, arguments).await?;
+        let ended = migration.wait_for(|status| matches!(status.as_str(), "completed" | "failed" | "cancelled"));
+        let failed = |why: String| Error::new(Code::Failed, format!("QEMU's migration {why}")).detail(self.child.stderr_tail());
+        tokio::select! {
+            status = tokio::time::timeout(MIGRATING, ended) => match status {
+                Ok(Ok(status)) if status.as_str() == "completed" => Ok(()),
+                Ok(Ok(status)) => Err(failed(status.clone())),
+                Ok(Err(_)) => Err(failed("ended with QEMU".into())),
+                Err(_) => Err(failed(format!("took over {} s", MIGRATING.as_secs()))),
+            },
+            _ = self.child.ended() => Err(failed("ended with QEMU".into())),
+        }
+    }
+
     /// Ends QEMU so that its disk is whole.
     ///
     /// # Errors
@@ -214,6 +317,7 @@ async fn watch_over(
     console: Console,
     firmware: Console,
     tell: watch::Sender<Option<End>>,
+    migration: watch::Sender<String>,
 ) {
     let first = |end| {
         tell.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
@@ -227,6 +331,9 @@ async fn watch_over(
         };
         match event {
             None => break,
+            Some(event) if event.name == "MIGRATION" => {
+                migration.send_replace(event.data["status"].as_str().unwrap_or_default().to_owned());
+            }
             Some(event) => {
                 if let Some(end) = meaning(&event) {
                     first(end);
@@ -271,8 +378,6 @@ fn taken_port(error: Error, shape: &Shape<'_>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
