@@ -39,6 +39,8 @@ pub(crate) enum Command {
     Init(Init),
     /// Check a template; reports every mistake at once
     Validate(TemplateArgs),
+    /// Say what a bake would do, step by step, and why
+    Plan(Plan),
     /// Bake a template into an image
     Bake(Bake),
     /// Boot an image on a throwaway copy
@@ -108,6 +110,28 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// What to do anew although it was done before.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Anew {
+    /// Run every step anew, on the base as it is
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Get the base anew, and run every step
+    #[arg(long)]
+    pub fresh: bool,
+    /// Run this step anew, and all after it
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["no_cache", "fresh"])]
+    pub from: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    #[command(flatten)]
+    pub template: TemplateArgs,
+    #[command(flatten)]
+    pub anew: Anew,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Bake {
     #[command(flatten)]
@@ -115,9 +139,8 @@ pub(crate) struct Bake {
     /// Give the image this tag as well
     #[arg(long = "tag", short, value_name = "TAG")]
     pub tags: Vec<String>,
-    /// Get the base anew
-    #[arg(long)]
-    pub fresh: bool,
+    #[command(flatten)]
+    pub anew: Anew,
     /// Do not run the template's tests
     #[arg(long)]
     pub no_test: bool,

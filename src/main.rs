@@ -7,6 +7,7 @@ mod output;
 mod registry;
 mod session;
 mod site;
+mod standin;
 
 use std::process::ExitCode;
 

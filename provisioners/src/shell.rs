@@ -267,9 +267,9 @@ impl Provisioner for Shell {
 
     fn key(&self, hasher: &mut KeyHasher) -> Result<()> {
         hasher.field("interpreter", self.interpreter.join(" ")).field("strict", self.strict.to_string());
-        hasher.field("args", self.args.len().to_string());
-        for arg in &self.args {
-            hasher.field("arg", arg);
+        hasher.hidden("args", self.args.len().to_string());
+        for (number, arg) in self.args.iter().enumerate() {
+            hasher.hidden("arg", arg).part(format!("argument {}", number + 1), arg);
         }
         hasher.field("script", &self.script);
         Ok(())

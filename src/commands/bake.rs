@@ -11,6 +11,7 @@ use kiln_model::reference::{Pointer, Reference};
 use kiln_model::{Code, Error, Result, ResultExt as _};
 
 use super::App;
+use super::plan::again;
 use super::validate::load_or_explain;
 use crate::cli::{Bake, OnFailure};
 use crate::output::{print, seconds};
@@ -45,7 +46,7 @@ async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Repo
     let store = Arc::new(app.store()?);
     let sink: Arc<dyn ImageSink> = store.clone();
     let options = Options {
-        fresh: arguments.fresh,
+        resume: again(&arguments.anew, &template)?,
         test: !arguments.no_test,
         on_failure: match arguments.on_failure {
             OnFailure::Clean => kiln_bake::OnFailure::Clean,

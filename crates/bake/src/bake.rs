@@ -15,6 +15,7 @@ use kiln_model::machine::{Context, Machine, Start, Stopped};
 use kiln_model::{Code, Error, Result};
 
 use crate::plan::Plan;
+use crate::resume;
 use crate::seal::{self, Seal, Traces};
 use crate::step;
 use crate::template::Template;
@@ -36,8 +37,8 @@ pub type OpenShell<'a> = &'a (dyn Fn(SshAccess) -> Pin<Box<dyn Future<Output = R
 
 /// How to bake.
 pub struct Options<'a> {
-    /// Get the base anew.
-    pub fresh: bool,
+    /// What to do anew.
+    pub resume: resume::Options,
     /// Run the template's tests.
     pub test: bool,
     /// What to do with the machine when a step fails.
@@ -62,7 +63,7 @@ pub async fn bake(template: &Template, options: &Options<'_>, sink: &Arc<dyn Ima
         steps: template.steps.len(),
     });
 
-    let (base, base_record) = get_base(template, options.fresh, sink, context).await?;
+    let (base, base_record) = get_base(template, options.resume.fresh, sink, context).await?;
     let disk_size = disk_size(template, &base)?;
     let plan = Plan::new(template, Some(base_record.digest))?;
 
