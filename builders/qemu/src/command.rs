@@ -36,6 +36,17 @@ pub(crate) struct Ovmf {
 }
 
 impl Ovmf {
+    /// As [`Ovmf::install`], with the variables of another machine.
+    ///
+    /// # Errors
+    /// [`Code::Missing`] when it is not installed.
+    pub(crate) fn with(kept: &Path, variables: PathBuf) -> Result<Self> {
+        let ovmf = Self::install(variables)?;
+        let copy = || crate::private::write(&ovmf.variables, &std::fs::read(kept)?);
+        copy().trying(|| format!("copy {}", kept.display()))?;
+        Ok(ovmf)
+    }
+
     /// Finds OVMF and copies its variables to `variables`.
     ///
     /// # Errors
@@ -63,6 +74,10 @@ pub(crate) struct Descriptors {
     pub(crate) agent: RawFd,
 }
 
+/// The processor that is emulated: all that TCG can, but for what only costs
+/// time under it (a fifth level of page tables).
+pub(crate) const TCG_CPU: &str = "max,la57=off";
+
 /// Everything that a machine's command line depends on.
 pub(crate) struct Shape<'a> {
     pub(crate) settings: &'a Settings,
@@ -72,8 +87,8 @@ pub(crate) struct Shape<'a> {
     pub(crate) credential: Option<&'a Path>,
     pub(crate) seed: Option<&'a Path>,
     pub(crate) memory: &'a Memory,
-    /// The device state that it goes on from; none: it boots.
-    pub(crate) state: Option<&'a Path>,
+    /// Whether it is to go on from a checkpoint; else it boots.
+    pub(crate) resumed: bool,
     pub(crate) ports: &'a [Port],
     pub(crate) sandbox: bool,
     pub(crate) descriptors: Descriptors,
@@ -110,12 +125,12 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     }
     add("-machine", machine);
     add("-accel", if shape.kvm { "kvm".into() } else { "tcg,thread=multi".into() });
-    add("-cpu", if shape.kvm { "host".into() } else { "max".into() });
+    add("-cpu", if shape.kvm { "host".into() } else { TCG_CPU.into() });
     add("-smp", shape.settings.cpus.to_string());
     add("-m", format!("{}M", shape.settings.memory >> 20));
     // Shared, so that a checkpoint can leave it out of the device state.
     add("-object", format!("memory-backend-file,id=memory,size={}M,mem-path=/proc/self/fd/{memory},share=on", shape.settings.memory >> 20));
-    if shape.state.is_some() {
+    if shape.resumed {
         // It waits to be told where its state is, and then to go on.
         add("-incoming", "defer".into());
     }
@@ -169,7 +184,7 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
         add("-smbios", format!("type=11,path={}", credential.display().to_string().replace(',', ",,")));
     }
     let mut all = vec!["-nodefaults".to_owned(), "-no-user-config".to_owned()];
-    if shape.state.is_some() {
+    if shape.resumed {
         all.push("-S".to_owned());
     }
     all.extend(arguments);
@@ -245,7 +260,7 @@ mod tests {
             credential: Some(Path::new("/w,ork/c")),
             seed: None,
             memory: &memory,
-            state: None,
+            resumed: false,
             ports: &[Port { host: 8080, guest: 80 }],
             sandbox: true,
             descriptors: Descriptors { qmp: 7, serial: 8, firmware: 9, memory: 10, agent: 11 },

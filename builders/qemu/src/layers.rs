@@ -69,6 +69,12 @@ impl Layers {
         Ok(path)
     }
 
+    /// Forgets the top one, which was never used.
+    pub(crate) fn pop(&mut self) {
+        self.count -= 1;
+        let _ = std::fs::remove_file(self.folder.join(name(self.count)));
+    }
+
     /// Links all layers but the top one, which is being written to, into `folder`.
     ///
     /// # Errors

@@ -267,17 +267,22 @@ impl Vm {
         let mut migration = self.migration.clone();
         migration.mark_unchanged();
         self.qmp.execute(command, arguments).await?;
-        let ended = migration.wait_for(|status| matches!(status.as_str(), "completed" | "failed" | "cancelled"));
-        let failed = |why: String| Error::new(Code::Failed, format!("QEMU's migration {why}")).detail(self.child.stderr_tail());
-        tokio::select! {
-            status = tokio::time::timeout(MIGRATING, ended) => match status {
-                Ok(Ok(status)) if status.as_str() == "completed" => Ok(()),
-                Ok(Ok(status)) => Err(failed(status.clone())),
-                Ok(Err(_)) => Err(failed("ended with QEMU".into())),
-                Err(_) => Err(failed(format!("took over {} s", MIGRATING.as_secs()))),
-            },
-            _ = self.child.ended() => Err(failed("ended with QEMU".into())),
-        }
+        let ended = async {
+            // What an earlier one ended with counts for nothing.
+            while migration.changed().await.is_ok() {
+                let status = migration.borrow_and_update().clone();
+                if matches!(status.as_str(), "completed" | "failed" | "cancelled") {
+                    return status;
+                }
+            }
+            "ended with QEMU".to_owned()
+        };
+        let status = match tokio::time::timeout(MIGRATING, ended).await {
+            Ok(status) if status == "completed" => return Ok(()),
+            Ok(status) => status,
+            Err(_) => format!("took over {} s", MIGRATING.as_secs()),
+        };
+        Err(Error::new(Code::Failed, format!("QEMU's migration {status}")).detail(self.child.stderr_tail()))
     }
 
     /// Ends QEMU so that its disk is whole.

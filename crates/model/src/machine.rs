@@ -39,6 +39,8 @@ pub struct Start {
     pub ports: Vec<Port>,
     /// User data as a deployment would give it (NoCloud).
     pub user_data: Option<Vec<u8>>,
+    /// Whether checkpoints will be made of it: it then gets whatever that takes.
+    pub checkpoints: bool,
 }
 
 /// One forwarded port.
@@ -62,7 +64,7 @@ pub trait Builder: Send + Sync {
     ///
     /// # Errors
     /// When the hypervisor cannot be asked.
-    async fn memory_key(&self, step: &Key) -> Result<Option<Key>>;
+    async fn memory_key(&self, step: &Key, base: &Base, context: &Context) -> Result<Option<Key>>;
 
     /// Starts a machine from `base` and waits until its guest can be reached.
     /// May take minutes at a cloud; everything it makes is registered in the
