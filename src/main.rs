@@ -7,7 +7,6 @@ mod output;
 mod registry;
 mod session;
 mod site;
-mod standin;
 
 use std::process::ExitCode;
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use kiln_bake::{Options, bake};
+use kiln_bake::{Options, Stores, bake};
 use kiln_model::block::ImageSink;
 use kiln_model::event::{Baked, Event, Failure};
 use kiln_model::guest::SshAccess;
@@ -11,7 +11,7 @@ use kiln_model::reference::{Pointer, Reference};
 use kiln_model::{Code, Error, Result, ResultExt as _};
 
 use super::App;
-use super::plan::again;
+use super::plan::{again, config};
 use super::validate::load_or_explain;
 use crate::cli::{Bake, OnFailure};
 use crate::output::{print, seconds};
@@ -38,7 +38,7 @@ async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Repo
     for tag in &arguments.tags {
         kiln_model::reference::check_tag(tag).map_err(|why| Error::new(Code::Usage, format!("`--tag {tag}`: {why}")))?;
     }
-    let registry = Registry::new(&app.home, &crate::site::load()?);
+    let registry = Registry::new(&app.home, &crate::site::load()?.bases);
     let template = load_or_explain(&arguments.template.template, &arguments.template.variables, &registry)?;
     for secret in template.secrets.values() {
         reports.redactor().add(secret);
@@ -55,9 +55,11 @@ async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Repo
         },
         open_shell: &|access| Box::pin(open_shell(access)),
     };
+    let (cache, history) = (app.checkpoints()?, app.history()?);
+    let stores = Stores { sink: &sink, cache: &cache, history: &history, image: &|record| config(&store, record) };
     let baked = with_context(&app.home, reports, |context| {
-        let (template, options, sink) = (&template, &options, &sink);
-        async move { bake(template, options, sink, &context).await }
+        let (template, options, stores) = (&template, &options, &stores);
+        async move { bake(template, options, stores, &context).await }
     })
     .await?;
     for tag in &arguments.tags {

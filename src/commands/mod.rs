@@ -19,6 +19,7 @@ mod verify;
 
 use std::sync::Arc;
 
+use kiln_cache::{Checkpoints, HistoryFiles};
 use kiln_model::checkpoint::CheckpointCache;
 use kiln_model::event::Failure;
 use kiln_model::history::History;
@@ -43,12 +44,12 @@ impl App {
 
     /// The checkpoints.
     pub(crate) fn checkpoints(&self) -> Result<Arc<dyn CheckpointCache>> {
-        Ok(Arc::new(crate::standin::Nothing))
+        Ok(Arc::new(Checkpoints::open(&self.home, crate::site::load()?.cache_budget)?))
     }
 
     /// The records of earlier bakes.
     pub(crate) fn history(&self) -> Result<Arc<dyn History>> {
-        Ok(Arc::new(crate::standin::Nothing))
+        Ok(Arc::new(HistoryFiles::open(&self.home)?))
     }
 }
 

@@ -18,7 +18,7 @@ use crate::output::{seconds, table};
 use crate::registry::Registry;
 
 pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
-    let registry = Registry::new(&app.home, &crate::site::load()?);
+    let registry = Registry::new(&app.home, &crate::site::load()?.bases);
     let template = load_or_explain(&arguments.template.template, &arguments.template.variables, &registry)?;
     let options = again(&arguments.anew, &template)?;
     // Which disk a base got anew will have is not known before.

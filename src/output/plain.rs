@@ -59,8 +59,8 @@ impl Reporter for Plain {
                     say(&format!("{name}: {}{of}", bytes(done)));
                 }
             }
-            Event::End { phase, name, cached, seconds: took } => {
-                say(&format!("{} {} ({})", title(phase, &name), if cached { "cached" } else { "done" }, seconds(took)));
+            Event::End { phase, name, cached, age_seconds, seconds: took } => {
+                say(&format!("{} {}", title(phase, &name), ended(cached, age_seconds, took)));
             }
             Event::Note { message } => say(&message),
             Event::Warning { .. } | Event::Done { .. } => {}
@@ -68,6 +68,15 @@ impl Reporter for Plain {
                 say(&format!("baked {}:{} {} in {}", image.name, image.version, image.digest, seconds(image.seconds)));
             }
         }
+    }
+}
+
+/// How a phase ended, in front of people: `done (3.2 s)`, `cached, 6 d old`.
+pub(super) fn ended(cached: bool, age_seconds: Option<u64>, took: f64) -> String {
+    match (cached, age_seconds) {
+        (false, _) => format!("done ({})", seconds(took)),
+        (true, None) => format!("cached ({})", seconds(took)),
+        (true, Some(age)) => format!("cached, {} old", kiln_bake::explain::span(std::time::Duration::from_secs(age))),
     }
 }
 

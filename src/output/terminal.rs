@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use kiln_model::event::{Event, Reporter};
 
-use super::plain::title;
+use super::plain::{ended, title};
 use super::seconds;
 
 /// Draws events on standard error.
@@ -80,14 +80,14 @@ impl Reporter for Terminal {
                     state.transfers.remove(&name);
                 }
             }
-            Event::End { phase, name, cached, seconds: took } => {
+            Event::End { phase, name, cached, age_seconds, seconds: took } => {
                 let name = title(phase, &name);
                 if let Some(bar) = state.phases.remove(&name) {
                     bar.finish_and_clear();
                 }
                 let mark = console::style("✓").green().for_stderr();
-                let what = if cached { "cached  " } else { "" };
-                self.line(&format!("{mark} {name}  {}", dim(&format!("{what}{}", seconds(took)))));
+                let how = if cached { ended(cached, age_seconds, took) } else { seconds(took) };
+                self.line(&format!("{mark} {name}  {}", dim(&how)));
             }
             Event::Note { message } => self.line(&dim(&message)),
             Event::Warning { message } => self.line(&format!("{} {message}", console::style("warning:").yellow().bold().for_stderr())),

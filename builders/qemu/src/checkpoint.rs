@@ -23,7 +23,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use kiln_disk::process;
-use kiln_model::base::{Base, DiskFile, DiskFormat};
+use kiln_model::base::Base;
 use kiln_model::checkpoint::{Checkpoint, KeptFile, Slot, Written};
 use kiln_model::guest::{Command, Guest as _};
 use kiln_model::key::KeyHasher;
@@ -267,7 +267,8 @@ fn cpu(kvm: bool) -> String {
 /// Which QEMU it is: its file says so without running it.
 fn emulator(binary: &str) -> Result<String> {
     use std::os::unix::fs::MetadataExt as _;
-    let path = process::find(binary).ok_or_else(|| Error::new(Code::Missing, format!("the program `{binary}` is missing on this machine")))?;
+    let path =
+        process::find(binary).ok_or_else(|| Error::new(Code::Missing, format!("the program `{binary}` is missing on this machine")))?;
     let path = std::fs::canonicalize(&path).trying(|| format!("find {}", path.display()))?;
     let meta = std::fs::metadata(&path).trying(|| format!("read {}", path.display()))?;
     Ok(format!("{} {} {}.{}", path.display(), meta.size(), meta.mtime(), meta.mtime_nsec()))

@@ -8,7 +8,6 @@
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use kiln_model::base::DiskFile;
 use kiln_model::machine::Port;
 use kiln_model::{Code, Error, Result, ResultExt as _};
 use serde_json::{Value, json};
@@ -241,7 +240,7 @@ pub(crate) fn ssh_port(usernet: &str, others: &[Port]) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
-    use kiln_model::base::DiskFormat;
+    use kiln_model::base::{DiskFile, DiskFormat};
     use kiln_model::image::Firmware;
 
     use super::*;

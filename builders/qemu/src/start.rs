@@ -113,14 +113,7 @@ impl QemuBuilder {
     }
 
     /// Starts QEMU; a machine that is `resumed` waits for its devices' state.
-    pub(crate) async fn launch(
-        &self,
-        body: &Body,
-        memory: &Memory,
-        resumed: bool,
-        start: &Start,
-        context: &Context,
-    ) -> Result<Vm> {
+    pub(crate) async fn launch(&self, body: &Body, memory: &Memory, resumed: bool, start: &Start, context: &Context) -> Result<Vm> {
         let shape = Shape {
             settings: &self.settings,
             kvm: self.accelerator(context).await?.kvm,

@@ -7,6 +7,7 @@
 
 mod bake;
 pub mod explain;
+mod keep;
 pub mod plan;
 pub mod resume;
 mod seal;
@@ -15,7 +16,7 @@ pub mod template;
 #[cfg(test)]
 mod testing;
 
-pub use bake::{OnFailure, OpenShell, Options, bake};
+pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake};
 
 use std::time::Duration;
 

@@ -13,6 +13,7 @@
 //! (they change how a step is run or shown, not what it makes), and the value
 //! of a secret.
 
+use kiln_model::history::StepRecord;
 use kiln_model::key::{KeyHasher, Part};
 use kiln_model::provision::{Common, Provisioner};
 use kiln_model::{Code, Digest, Error, Key, Result};
@@ -112,6 +113,11 @@ impl PlannedStep {
     /// Before that.
     pub fn known_key(&self) -> Result<Key> {
         self.key.ok_or_else(|| Error::new(Code::Failed, format!("the key of step `{}` is not known before its base is", self.name)))
+    }
+
+    /// What a record says of it.
+    pub(crate) fn record(&self, key: Key, made: u64, seconds: f64) -> StepRecord {
+        StepRecord { name: self.name.clone(), kind: self.kind.to_owned(), key, parts: self.parts.clone(), made, seconds }
     }
 
     fn new(step: &StepSpec) -> Result<Self> {

@@ -92,6 +92,16 @@ pub struct Decision {
     pub refused: Vec<Option<Refusal>>,
 }
 
+impl Decision {
+    /// Whether anything is kept at all, so that the base need not be booted.
+    pub fn starts(&self) -> bool {
+        match &self.reuse {
+            Reuse::Image(_) => true,
+            Reuse::Points(points) => !points.is_empty(),
+        }
+    }
+}
+
 /// The most that a bake may use of earlier ones.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Reuse {

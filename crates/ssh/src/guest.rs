@@ -40,6 +40,11 @@ impl SshGuest {
         Self { target, session: Mutex::new(Some(Arc::new(session))), turns: Semaphore::new(AT_A_TIME) }
     }
 
+    /// A guest that is not connected to before something is asked of it.
+    pub fn unconnected(target: Target) -> Arc<Self> {
+        Arc::new(Self { target: Arc::new(target), session: Mutex::new(None), turns: Semaphore::new(AT_A_TIME) })
+    }
+
     /// Takes leave of the guest. The next call would connect again.
     pub async fn close(&self) {
         if let Some(session) = self.session.lock().await.take() {
