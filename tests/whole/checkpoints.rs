@@ -201,7 +201,8 @@ fn no_secret_is_in_the_cache() {
     assert_eq!(ran.status, 0, "{ran}");
     assert!(!kept(&kiln, "memory").is_empty(), "no memory was kept at all");
     let mut files = Vec::new();
-    for name in ["memory", "devices", "layer-0.qcow2", "layer-1.qcow2", "layer-2.qcow2", "layer-3.qcow2", "checkpoint.json", "traces.json"] {
+    for name in ["memory", "devices", "layer-0.qcow2", "layer-1.qcow2", "layer-2.qcow2", "layer-3.qcow2", "checkpoint.json", "traces.json"]
+    {
         files.extend(kept(&kiln, name));
     }
     files.extend(std::fs::read_dir(kiln.home.join("history")).unwrap().map(|entry| entry.unwrap().path()));

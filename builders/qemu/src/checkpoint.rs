@@ -25,14 +25,14 @@ use std::time::{Duration, SystemTime};
 use kiln_disk::process;
 use kiln_model::base::Base;
 use kiln_model::checkpoint::{Checkpoint, KeptFile, Slot, Written};
-use kiln_model::guest::{Command, Guest as _};
+use kiln_model::guest::Command;
 use kiln_model::key::KeyHasher;
-use kiln_model::machine::{Context, Start};
+use kiln_model::machine::{Context, Machine as _, Start};
 use kiln_model::{Code, Error, Key, Result, ResultExt as _};
 use kiln_ssh::SshGuest;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{self, Refresh};
+use crate::agent::{self, AgentGuest, Refresh};
 use crate::command::{self, Ovmf};
 use crate::layers::Layers;
 use crate::machine::QemuMachine;
@@ -82,7 +82,7 @@ impl QemuBuilder {
         let chosen = self.accelerator(context).await?;
         let boot = command::boot(&self.settings, base.firmware)?;
         let mut hasher = KeyHasher::new("memory");
-        hasher.field("step", step.hex()).field("shape", SHAPE);
+        hasher.field("step", step.hex()).field("shape", SHAPE).field("agent", agent::VERSION.to_string());
         hasher.field("memory", self.settings.memory.to_string()).field("cpus", self.settings.cpus.to_string());
         hasher.field("firmware", if boot == Boot::Uefi { "uefi" } else { "bios" });
         hasher.field("seed", if base.credentials == Some(true) { "no" } else { "yes" });
@@ -145,10 +145,10 @@ impl QemuBuilder {
             let file = std::fs::File::open(&devices).trying(|| format!("read {}", devices.display()))?;
             vm.load_devices(file.into()).await?;
             let ssh = SshGuest::unconnected(target(&vm, &body, start).await?);
-            let stream = vm.take_agent().ok_or_else(|| Error::new(Code::Failed, "the agent's port is taken"))?;
+            let port = vm.take_agent().ok_or_else(|| Error::new(Code::Failed, "the agent's port is taken"))?;
             let refresh = Refresh { seed: entropy()?, now: SystemTime::now(), files: ways_in::files(&body.keys) };
             // The agent's first words wait in its port when the processors start.
-            let (guest, ()) = tokio::try_join!(agent::wake(stream, &ssh, refresh, REFRESHING), vm.go_on())?;
+            let (guest, ()) = tokio::try_join!(AgentGuest::wake(port, &ssh, refresh, REFRESHING), vm.go_on())?;
             Ok((ssh, guest))
         };
         let done = tokio::select! {
@@ -171,26 +171,29 @@ impl QemuBuilder {
 impl QemuMachine {
     /// See [`kiln_model::machine::Machine::checkpoint`].
     pub(crate) async fn keep_in(&mut self, slot: &Slot) -> Result<Written> {
-        let agent = match &self.agent {
-            Some(guest) => guest.agent(),
-            None => None,
+        let agent = self.agent.clone().filter(|agent| agent.is_there());
+        let still = match &agent {
+            Some(agent) => match agent.quiesce().await {
+                Ok(()) => true,
+                Err(error) => {
+                    self.context.reports.note(format!("the checkpoint holds the disk alone: {}", error.chain()));
+                    false
+                }
+            },
+            None => false,
         };
-        let with_memory = slot.memory.is_some() && agent.is_some();
-        match &agent {
-            Some(agent) => agent.quiesce().await.trying(|| "bring the guest to rest".into())?,
-            None => {
-                self.ssh.execute(&Command::new("sync").timeout(SYNCING), &mut |_, _| {}).await?;
-            }
+        if !still {
+            self.guest().execute(&Command::new("sync").timeout(SYNCING), &mut |_, _| {}).await?;
         }
         let kept = match self.vm.pause().await {
             Ok(()) => {
-                let kept = self.write_to(slot, with_memory).await;
+                let kept = self.write_to(slot, still && slot.memory.is_some()).await;
                 // Whatever came of it, the guest goes on.
                 self.vm.go_on().await.and(kept)
             }
             Err(error) => Err(error),
         };
-        if let Some(agent) = &agent {
+        if let (Some(agent), true) = (&agent, still) {
             agent.thaw().await.trying(|| "wake the guest".into())?;
         }
         kept

@@ -176,7 +176,7 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
 
     // After the others, so that no guest's names for them depend on it.
     add("-device", "virtio-serial-pci".into());
-    add("-device", format!("virtserialport,chardev=agent,name={}", crate::agent::PORT));
+    add("-device", format!("virtserialport,id=agent,chardev=agent,name={}", crate::agent::PORT));
 
     if let Some(credential) = shape.credential {
         // The only path outside of JSON: a comma is written twice.

@@ -15,7 +15,7 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use kiln_ssh::{Keys, SshGuest, Target};
 
 use crate::accelerator::Chosen;
-use crate::agent::{self, AgentGuest};
+use crate::agent::AgentGuest;
 use crate::command::{self, Descriptors, Ovmf, Shape};
 use crate::kept::Shown;
 use crate::layers::Layers;
@@ -103,7 +103,7 @@ impl QemuBuilder {
         let vm = self.launch(&body, &memory, false, start, context).await?;
         let chosen = self.accelerator(context).await?;
         let limit = self.settings.boot_timeout.unwrap_or_else(|| chosen.boot_timeout());
-        match reach(&vm, &body, start, limit).await {
+        match reach(&vm, &body, start, limit, context).await {
             Ok((ssh, agent)) => Ok(self.machine(vm, memory, body, chosen, ssh, agent, context)),
             Err(error) => {
                 vm.kill().await;
@@ -187,7 +187,13 @@ pub(crate) async fn target(vm: &Vm, body: &Body, start: &Start) -> Result<Target
 
 /// Waits for the guest, puts the agent into it where checkpoints are wanted,
 /// and makes its root as large as its disk.
-async fn reach(vm: &Vm, body: &Body, start: &Start, limit: Duration) -> Result<(Arc<SshGuest>, Option<Arc<AgentGuest>>)> {
+async fn reach(
+    vm: &Vm,
+    body: &Body,
+    start: &Start,
+    limit: Duration,
+    context: &Context,
+) -> Result<(Arc<SshGuest>, Option<Arc<AgentGuest>>)> {
     let target = target(vm, body, start).await?;
     let guest = tokio::select! {
         guest = kiln_ssh::connect(target, limit) => match guest {
@@ -208,9 +214,25 @@ async fn reach(vm: &Vm, body: &Body, start: &Start, limit: Duration) -> Result<(
         }
     };
     let prepared = async {
-        let agent = if start.checkpoints { agent::bring(vm.take_agent(), &guest).await? } else { None };
+        let port = if start.checkpoints { vm.take_agent() } else { None };
+        let agent = match port {
+            Some(port) => AgentGuest::bring(port, &guest).await.map(Some),
+            None => Ok(None),
+        };
+        let agent = agent.unwrap_or_else(|error| {
+            context.reports.note(format!("checkpoints of this machine hold its disk alone: {}", error.chain()));
+            None
+        });
+        let way: &dyn Guest = match &agent {
+            Some(agent) => {
+                // A session would be in every checkpoint's memory.
+                guest.close().await;
+                &**agent
+            }
+            None => &*guest,
+        };
         if start.disk_size.is_some() {
-            grow_root(&*guest).await?;
+            grow_root(way).await?;
         }
         Ok(agent)
     };

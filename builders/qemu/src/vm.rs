@@ -14,6 +14,7 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
+use crate::agent::Port;
 use crate::command::{self, Descriptors, Shape};
 use crate::console::{Console, PANIC};
 use crate::qmp::{Event, Qmp};
@@ -66,7 +67,7 @@ pub(crate) struct Vm {
     end: watch::Receiver<Option<End>>,
     /// Status of the newest migration, as its events tell.
     migration: watch::Receiver<String>,
-    agent: Mutex<Option<UnixStream>>,
+    agent: Mutex<Option<Port>>,
     redactor: Redactor,
     diagnostics: PathBuf,
     name: String,
@@ -129,7 +130,9 @@ impl Vm {
         };
         let (tell, end) = watch::channel(None);
         let (tell_migration, migration) = watch::channel(String::new());
-        tokio::spawn(watch_over(events, child.clone(), console.clone(), firmware.clone(), tell, tell_migration));
+        let (tell_closing, closings) = watch::channel(0);
+        let tell = Tell { end: tell, migration: tell_migration, closing: tell_closing };
+        tokio::spawn(watch_over(events, child.clone(), console.clone(), firmware.clone(), tell));
         let Surroundings { scope, redactor, diagnostics, name } = around;
         Ok(Self {
             child,
@@ -140,7 +143,7 @@ impl Vm {
             firmware,
             end,
             migration,
-            agent: Mutex::new(Some(agent)),
+            agent: Mutex::new(Some(Port { stream: agent, closings })),
             redactor: redactor.clone(),
             diagnostics: diagnostics.clone(),
             name: name.clone(),
@@ -199,7 +202,7 @@ impl Vm {
     }
 
     /// The host's end of the agent's port; once.
-    pub(crate) fn take_agent(&self) -> Option<UnixStream> {
+    pub(crate) fn take_agent(&self) -> Option<Port> {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
@@ -315,20 +318,20 @@ impl Vm {
     }
 }
 
-/// Follows a machine until QEMU has ended; the first reason counts.
-async fn watch_over(
-    mut events: mpsc::UnboundedReceiver<Event>,
-    child: Child,
-    console: Console,
-    firmware: Console,
-    tell: watch::Sender<Option<End>>,
+/// Where it is told what becomes of a machine.
+struct Tell {
+    end: watch::Sender<Option<End>>,
     migration: watch::Sender<String>,
-) {
+    closing: watch::Sender<u32>,
+}
+
+/// Follows a machine until QEMU has ended; the first reason counts.
+async fn watch_over(mut events: mpsc::UnboundedReceiver<Event>, child: Child, console: Console, firmware: Console, tell: Tell) {
     let first = |end| {
-        tell.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
+        tell.end.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
     };
     loop {
-        let told = tell.borrow().is_some();
+        let told = tell.end.borrow().is_some();
         let event = tokio::select! {
             event = events.recv() => event,
             meaning = console.hopeless(), if !told => { first(hopeless(meaning)); continue }
@@ -337,7 +340,13 @@ async fn watch_over(
         match event {
             None => break,
             Some(event) if event.name == "MIGRATION" => {
-                migration.send_replace(event.data["status"].as_str().unwrap_or_default().to_owned());
+                tell.migration.send_replace(event.data["status"].as_str().unwrap_or_default().to_owned());
+            }
+            // The only port whose other end tells.
+            Some(event) if event.name == "VSERPORT_CHANGE" => {
+                if event.data["open"] == false {
+                    tell.closing.send_modify(|count| *count += 1);
+                }
             }
             Some(event) => {
                 if let Some(end) = meaning(&event) {
