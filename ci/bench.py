@@ -279,7 +279,7 @@ def report(done: list[Work]) -> bool:
     rows = [["work", "kiln", "packer", "ratio", "limit", "", "virt-customize"]]
     for work in done:
         verdict = "ok" if work.ratio() <= work.limit else "OVER"
-        numbers = [median(work.kiln), median(work.packer), f"{work.ratio():.3f}", f"{work.limit:.2f}"]
+        numbers = [median(work.kiln), median(work.packer), f"{work.ratio():.4f}", f"{work.limit:.2f}"]
         rows.append([f"{work.name}: {work.title}", *numbers, verdict, median(work.virt_customize)])
     say("\nMedians of the wall time:\n")
     table(rows)
