@@ -59,7 +59,7 @@ pub(crate) enum Command {
     Import(Import),
     /// Read every blob and block again and compare the digests
     Verify,
-    /// Remove what no image needs
+    /// Remove what no image needs, and checkpoints over the budget
     Prune(Prune),
     /// Remove what killed bakes have left behind
     Reap,
@@ -262,10 +262,10 @@ pub(crate) struct Import {
 
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
-    /// Say what would go, and remove nothing
+    /// Say what would go, and remove nothing; with --cache, list the checkpoints
     #[arg(long)]
     pub dry_run: bool,
-    /// Built bases, downloads and unpacked disks too: they can be made again
+    /// All checkpoints, built bases and downloads too: they can be made again
     #[arg(long)]
     pub cache: bool,
 }

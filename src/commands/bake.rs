@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kiln_bake::{Options, Stores, bake};
 use kiln_model::block::ImageSink;
+use kiln_model::checkpoint::CheckpointCache;
 use kiln_model::event::{Baked, Event, Failure};
 use kiln_model::guest::SshAccess;
 use kiln_model::reference::{Pointer, Reference};
@@ -55,7 +56,8 @@ async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Repo
         },
         open_shell: &|access| Box::pin(open_shell(access)),
     };
-    let (cache, history) = (app.checkpoints()?, app.history()?);
+    let cache: Arc<dyn CheckpointCache> = Arc::new(app.checkpoints()?);
+    let history = app.history()?;
     let stores = Stores { sink: &sink, cache: &cache, history: &history, image: &|record| config(&store, record) };
     let baked = with_context(&app.home, reports, |context| {
         let (template, options, stores) = (&template, &options, &stores);

@@ -20,7 +20,6 @@ mod verify;
 use std::sync::Arc;
 
 use kiln_cache::{Checkpoints, HistoryFiles};
-use kiln_model::checkpoint::CheckpointCache;
 use kiln_model::event::Failure;
 use kiln_model::history::History;
 use kiln_model::home::Home;
@@ -43,8 +42,8 @@ impl App {
     }
 
     /// The checkpoints.
-    pub(crate) fn checkpoints(&self) -> Result<Arc<dyn CheckpointCache>> {
-        Ok(Arc::new(Checkpoints::open(&self.home, crate::site::load()?.cache_budget)?))
+    pub(crate) fn checkpoints(&self) -> Result<Checkpoints> {
+        Checkpoints::open(&self.home, crate::site::load()?.cache_budget)
     }
 
     /// The records of earlier bakes.

@@ -25,7 +25,7 @@ pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
     let base = if options.fresh { None } else { template.base.known()? };
     let plan = Plan::new(&template, base)?;
     let (store, cache, records) = (app.store()?, app.checkpoints()?, app.history()?.records(&template.name)?);
-    let earlier = Earlier { cache: &*cache, records: &records, image: &|record| config(&store, record), now: SystemTime::now() };
+    let earlier = Earlier { cache: &cache, records: &records, image: &|record| config(&store, record), now: SystemTime::now() };
     let decision = decide(&template, &plan, &options, &earlier)?;
     let explanation = explain(&template, &plan, &options, &earlier, &decision)?;
     app.output.result(&explanation, || draw(&explanation));
