@@ -234,6 +234,10 @@ impl Provisioner for Files {
         }
     }
 
+    fn takes_out(&self) -> bool {
+        matches!(self.what, What::Download(..))
+    }
+
     async fn run(&self, step: &Step<'_>) -> Result<()> {
         let guest = &*step.guest;
         let work = async {

@@ -59,7 +59,7 @@ impl Kiln {
         let marker = kiln.home.join("nginx.run");
         if std::fs::read_to_string(&marker).unwrap_or_default() != run {
             let template = concat!(env!("CARGO_MANIFEST_DIR"), "/templates/debian-nginx");
-            kiln.ok(&["bake", template, "--result", kiln.home.join("nginx.json").to_str().unwrap()]);
+            kiln.ok(&["bake", template, "--no-cache", "--result", kiln.home.join("nginx.json").to_str().unwrap()]);
             std::fs::write(marker, run).unwrap();
         }
         kiln

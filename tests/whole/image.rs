@@ -176,7 +176,7 @@ fn a_bake_on_a_bake_stores_only_what_differs() {
         "[image]\nname = \"on-top\"\nversion = \"1\"\n[base]\nimage = \"debian-nginx:1.0.0\"\n\
          [[provision]]\nshell = 'echo on top > /var/www/html/top.txt; cat /etc/kiln-release'\n",
     );
-    let baked = kiln.ok(&["bake", template.path(), "--json"]);
+    let baked = kiln.ok(&["bake", template.path(), "--no-cache", "--json"]);
     let events = baked.events();
     let done = events.last().unwrap();
     assert_eq!((&done["event"], &done["ok"], &done["v"]), (&"done".into(), &true.into(), &1.into()), "{baked}");

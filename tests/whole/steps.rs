@@ -86,7 +86,7 @@ fn everything_steps_can_do_and_no_secret_stays() {
 
     let secret = "t0ken-b7f1c2d94e";
     let result = template.0.path().join("result.json");
-    let arguments = ["bake", template.path(), "--json", "--result", result.to_str().unwrap(), "--tag", "latest"];
+    let arguments = ["bake", template.path(), "--no-cache", "--json", "--result", result.to_str().unwrap(), "--tag", "latest"];
     let output = kiln.command(&arguments).env("TOKEN_OF_TEST", secret).output().unwrap();
     let ran = crate::context::Ran::of(output, &arguments);
     assert_eq!(ran.status, 0, "{ran}");
