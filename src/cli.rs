@@ -45,6 +45,8 @@ pub(crate) enum Command {
     Bake(Bake),
     /// Boot an image on a throwaway copy
     Run(Run),
+    /// Open a shell on a template's machine before a step, or after all of them
+    Shell(Shell),
     /// List the images of the store
     Images(Images),
     /// Show what an image is made of
@@ -188,6 +190,15 @@ pub(crate) struct Run {
     /// bios or uefi [default: what the image starts with]
     #[arg(long, value_name = "NAME")]
     pub firmware: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    #[command(flatten)]
+    pub template: TemplateArgs,
+    /// Before which step, by name or number [default: after all of them, before the seal]
+    #[arg(long, value_name = "STEP")]
+    pub before: Option<String>,
 }
 
 fn port(text: &str) -> Result<(u16, u16), String> {

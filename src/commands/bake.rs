@@ -1,5 +1,6 @@
 //! `kiln bake`: from a template to an image.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -74,9 +75,12 @@ async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Repo
     Ok(baked)
 }
 
-/// An interactive `ssh` on the terminal of this process.
+/// An interactive `ssh` on the terminal of this process; what comes through a
+/// pipe it reads as it is.
 pub(super) async fn open_shell(access: SshAccess) -> Result<()> {
+    let piped = !std::io::stdin().is_terminal();
     tokio::process::Command::new("ssh")
+        .args(piped.then_some("-T"))
         .args(access.ssh_arguments())
         .status()
         .await

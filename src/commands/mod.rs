@@ -13,6 +13,7 @@ mod plan;
 mod prune;
 mod reap;
 mod run;
+mod shell;
 mod tag;
 mod validate;
 mod verify;
@@ -82,6 +83,7 @@ async fn dispatch(app: &App, command: Command) -> Result<u8> {
         Command::Plan(arguments) => plan::run(app, &arguments),
         Command::Bake(arguments) => bake::run(app, &arguments).await,
         Command::Run(arguments) => run::run(app, &arguments).await,
+        Command::Shell(arguments) => shell::run(app, &arguments).await,
         Command::Images(arguments) => images::run(app, &arguments),
         Command::Inspect(arguments) => inspect::run(app, &arguments),
         Command::Tag(arguments) => tag::tag(app, &arguments),

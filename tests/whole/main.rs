@@ -8,6 +8,7 @@ mod checkpoints;
 mod context;
 mod faults;
 mod image;
+mod shell;
 mod steps;
 mod store;
 mod template;

@@ -16,7 +16,7 @@ pub mod template;
 #[cfg(test)]
 mod testing;
 
-pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake};
+pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake, shell};
 
 use std::time::Duration;
 
