@@ -41,7 +41,7 @@ pub(crate) enum Command {
     Validate(TemplateArgs),
     /// Say what a bake would do, step by step, and why
     Plan(Plan),
-    /// Bake a template into an image
+    /// Bake templates into images
     Bake(Bake),
     /// Boot an image on a throwaway copy
     Run(Run),
@@ -136,9 +136,12 @@ pub(crate) struct Plan {
 
 #[derive(Debug, Args)]
 pub(crate) struct Bake {
+    /// Templates, or the folders of their kiln.toml; those that another one starts from come first
+    #[arg(default_value = ".", value_name = "TEMPLATE")]
+    pub templates: Vec<PathBuf>,
     #[command(flatten)]
-    pub template: TemplateArgs,
-    /// Give the image this tag as well
+    pub variables: Variables,
+    /// Give each image this tag as well
     #[arg(long = "tag", short, value_name = "TAG")]
     pub tags: Vec<String>,
     #[command(flatten)]

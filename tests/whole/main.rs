@@ -7,6 +7,7 @@ mod bases;
 mod checkpoints;
 mod context;
 mod faults;
+mod graph;
 mod image;
 mod shell;
 mod steps;

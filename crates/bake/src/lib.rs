@@ -7,6 +7,7 @@
 
 mod bake;
 pub mod explain;
+pub mod graph;
 mod keep;
 pub mod plan;
 pub mod resume;
