@@ -13,3 +13,4 @@ mod shell;
 mod steps;
 mod store;
 mod template;
+mod twins;
