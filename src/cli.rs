@@ -41,10 +41,12 @@ pub(crate) enum Command {
     Validate(TemplateArgs),
     /// Say what a bake would do, step by step, and why
     Plan(Plan),
-    /// Bake a template into an image
+    /// Bake templates into images
     Bake(Bake),
     /// Boot an image on a throwaway copy
     Run(Run),
+    /// Open a shell on a template's machine before a step, or after all of them
+    Shell(Shell),
     /// List the images of the store
     Images(Images),
     /// Show what an image is made of
@@ -59,7 +61,7 @@ pub(crate) enum Command {
     Import(Import),
     /// Read every blob and block again and compare the digests
     Verify,
-    /// Remove what no image needs
+    /// Remove what no image needs, and checkpoints over the budget
     Prune(Prune),
     /// Remove what killed bakes have left behind
     Reap,
@@ -134,9 +136,12 @@ pub(crate) struct Plan {
 
 #[derive(Debug, Args)]
 pub(crate) struct Bake {
+    /// Templates, or the folders of their kiln.toml; those that another one starts from come first
+    #[arg(default_value = ".", value_name = "TEMPLATE")]
+    pub templates: Vec<PathBuf>,
     #[command(flatten)]
-    pub template: TemplateArgs,
-    /// Give the image this tag as well
+    pub variables: Variables,
+    /// Give each image this tag as well
     #[arg(long = "tag", short, value_name = "TAG")]
     pub tags: Vec<String>,
     #[command(flatten)]
@@ -188,6 +193,15 @@ pub(crate) struct Run {
     /// bios or uefi [default: what the image starts with]
     #[arg(long, value_name = "NAME")]
     pub firmware: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    #[command(flatten)]
+    pub template: TemplateArgs,
+    /// Before which step, by name or number [default: after all of them, before the seal]
+    #[arg(long, value_name = "STEP")]
+    pub before: Option<String>,
 }
 
 fn port(text: &str) -> Result<(u16, u16), String> {
@@ -262,10 +276,10 @@ pub(crate) struct Import {
 
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
-    /// Say what would go, and remove nothing
+    /// Say what would go, and remove nothing; with --cache, list the checkpoints
     #[arg(long)]
     pub dry_run: bool,
-    /// Built bases, downloads and unpacked disks too: they can be made again
+    /// All checkpoints, built bases and downloads too: they can be made again
     #[arg(long)]
     pub cache: bool,
 }

@@ -13,6 +13,7 @@ mod plan;
 mod prune;
 mod reap;
 mod run;
+mod shell;
 mod tag;
 mod validate;
 mod verify;
@@ -20,7 +21,6 @@ mod verify;
 use std::sync::Arc;
 
 use kiln_cache::{Checkpoints, HistoryFiles};
-use kiln_model::checkpoint::CheckpointCache;
 use kiln_model::event::Failure;
 use kiln_model::history::History;
 use kiln_model::home::Home;
@@ -43,8 +43,8 @@ impl App {
     }
 
     /// The checkpoints.
-    pub(crate) fn checkpoints(&self) -> Result<Arc<dyn CheckpointCache>> {
-        Ok(Arc::new(Checkpoints::open(&self.home, crate::site::load()?.cache_budget)?))
+    pub(crate) fn checkpoints(&self) -> Result<Checkpoints> {
+        Checkpoints::open(&self.home, crate::site::load()?.cache_budget)
     }
 
     /// The records of earlier bakes.
@@ -83,6 +83,7 @@ async fn dispatch(app: &App, command: Command) -> Result<u8> {
         Command::Plan(arguments) => plan::run(app, &arguments),
         Command::Bake(arguments) => bake::run(app, &arguments).await,
         Command::Run(arguments) => run::run(app, &arguments).await,
+        Command::Shell(arguments) => shell::run(app, &arguments).await,
         Command::Images(arguments) => images::run(app, &arguments),
         Command::Inspect(arguments) => inspect::run(app, &arguments),
         Command::Tag(arguments) => tag::tag(app, &arguments),

@@ -25,7 +25,7 @@ pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
     let base = if options.fresh { None } else { template.base.known()? };
     let plan = Plan::new(&template, base)?;
     let (store, cache, records) = (app.store()?, app.checkpoints()?, app.history()?.records(&template.name)?);
-    let earlier = Earlier { cache: &*cache, records: &records, image: &|record| config(&store, record), now: SystemTime::now() };
+    let earlier = Earlier { cache: &cache, records: &records, image: &|record| config(&store, record), now: SystemTime::now() };
     let decision = decide(&template, &plan, &options, &earlier)?;
     let explanation = explain(&template, &plan, &options, &earlier, &decision)?;
     app.output.result(&explanation, || draw(&explanation));
@@ -34,7 +34,7 @@ pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
 
 /// What the command line wants done anew; a step that it names must be there.
 pub(super) fn again(anew: &Anew, template: &Template) -> Result<resume::Options> {
-    let options = resume::Options { no_cache: anew.no_cache, fresh: anew.fresh, from: anew.from.clone() };
+    let options = resume::Options { no_cache: anew.no_cache, fresh: anew.fresh, from: anew.from.clone(), machine: false };
     options.first(template).map(|_| options)
 }
 

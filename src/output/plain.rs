@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use kiln_model::event::{Event, Phase, Reporter};
+use kiln_model::event::{Event, Phase};
 
-use super::{bytes, say, seconds};
+use super::{Sink, bytes, say, seconds};
 
 /// How often a transfer says how far it has come.
 const EVERY: Duration = Duration::from_secs(5);
@@ -39,8 +39,12 @@ impl Plain {
     }
 }
 
-impl Reporter for Plain {
-    fn report(&self, event: Event) {
+impl Sink for Plain {
+    fn take(&self, image: Option<&str>, event: Event) {
+        let say = |text: &str| match image {
+            Some(image) => say(&format!("{image}: {text}")),
+            None => say(text),
+        };
         if let Event::Warning { message } = &event {
             return say(&format!("warning: {message}"));
         }
@@ -54,7 +58,7 @@ impl Reporter for Plain {
             Event::Begin { phase, name } => say(&format!("{} ...", title(phase, &name))),
             Event::Output { name, line, .. } => say(&format!("{name} | {line}")),
             Event::Progress { name, done, total } => {
-                if self.due(&name) {
+                if self.due(&format!("{} {name}", image.unwrap_or_default())) {
                     let of = total.map(|total| format!(" of {}", bytes(total))).unwrap_or_default();
                     say(&format!("{name}: {}{of}", bytes(done)));
                 }

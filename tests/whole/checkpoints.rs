@@ -109,7 +109,7 @@ fn flip(path: &Path, offset: u64) {
 
 /// A home of its own with the base of the shared one, so that what it keeps is
 /// known.
-fn with_base() -> Kiln {
+pub fn with_base() -> Kiln {
     let shared = Kiln::shared();
     shared.ok(&["bake", Template::debian("base-for-all", "").path()]);
     let kiln = Kiln::fresh();

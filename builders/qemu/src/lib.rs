@@ -76,6 +76,10 @@ impl Builder for QemuBuilder {
         "qemu"
     }
 
+    fn memory(&self) -> u64 {
+        self.settings.memory
+    }
+
     async fn memory_key(&self, step: &Key, base: &Base, context: &Context) -> Result<Option<Key>> {
         self.shape_key(step, base, context).await
     }

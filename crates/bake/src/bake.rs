@@ -1,4 +1,5 @@
-//! The bake, from top to bottom in one function.
+//! The bake, from top to bottom in one function; and the first half of it, for
+//! who wants the machine and no image.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -81,42 +82,32 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         steps: template.steps.len(),
     });
 
-    let (base, base_record) = get_base(template, options.resume.fresh, stores.sink, context).await?;
-    let disk_size = disk_size(template, &base)?;
-    let plan = Plan::new(template, Some(base_record.digest))?;
+    let ground = Ground::get(template, options, stores, context).await?;
+    let Ground { base, record: base_record, plan, .. } = &ground;
 
     // One bake makes an image; others of the same key take what it made.
     let seal_key = known(plan.seal)?;
     let (_image_turn, _) = keep::claim(stores.cache, &seal_key, "this very image", context).await?;
-    let decided = decide(template, &plan, options, stores)?;
-    if let Some(baked) = reuse_image(template, &plan, options, &decided, stores, context, began)? {
+    let decided = decide(template, plan, options, stores)?;
+    if let Some(baked) = reuse_image(template, plan, options, &decided, stores, context, began)? {
         return Ok(baked);
     }
-    let (turn, decided) = take_turn(template, &plan, options, stores, context, decided).await?;
-    for reason in &decided.reasons {
-        context.reports.note(reason.clone());
+    let run = provisioned(template, &ground, decided, options, stores, context).await?;
+    if let Err(error) = prepare_seal(template, &run).await {
+        return Err(give_up(run, error, options, context).await);
     }
-
-    let mut run = get_machine(template, &plan, &base, disk_size, &decided, turn, stores, context).await?;
-    let done = match provision_and_seal(template, &plan, &mut run, context).await {
-        Ok(()) => run,
-        Err(error) => {
-            run.keeper.finish().await;
-            return Err(rescue(run.machine, error, options, context).await);
-        }
-    };
-    let Run { machine, mut keeper, steps, .. } = done;
+    let Run { machine, mut keeper, steps, .. } = run;
     let sealing = Instant::now();
     let stopped = stop_and_check(machine, &template.keep, context).await?;
 
     // Both only read the stopped disk, so they need not wait for each other.
     let (record, test_seconds) = tokio::try_join!(
-        snapshot(template, &*stopped, &base_record, stores.sink, context),
-        test(template, options.test, &*stopped, &base, context)
+        snapshot(template, &*stopped, base_record, stores.sink, context),
+        test(template, options.test, &*stopped, base, context)
     )?;
     let seal_seconds = sealing.elapsed().as_secs_f64() - test_seconds;
 
-    let config = config(template, &steps, &base, &base_record, &record);
+    let config = config(template, &steps, base, base_record, &record);
     let annotations = BTreeMap::from([
         (image::CREATED.to_owned(), jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
         (image::BAKE.to_owned(), context.bake.clone()),
@@ -158,6 +149,62 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
     Ok(baked)
 }
 
+/// Opens a shell on the machine as it is after all steps of `template`, and
+/// ends it with the shell. Goes on from where earlier bakes came to, and keeps
+/// checkpoints as a bake does; no image is made. Who wants the machine before
+/// some step leaves that one and all after it out of the template.
+///
+/// # Errors
+/// When the machine does not get there, or no shell can be opened.
+pub async fn shell(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<()> {
+    let ground = Ground::get(template, options, stores, context).await?;
+    let decided = decide(template, &ground.plan, options, stores)?;
+    let Run { machine, mut keeper, .. } = provisioned(template, &ground, decided, options, stores, context).await?;
+    keeper.finish().await;
+    let Some(access) = machine.guest().ssh_access() else {
+        machine.kill().await;
+        return Err(Error::new(Code::Unreachable, "this machine cannot be reached by SSH"));
+    };
+    let names: Vec<String> = template.steps.iter().map(|step| format!("`{}`", step.common.name)).collect();
+    let holds = match names.len() {
+        0 => format!("the machine is {} before any step", ground.base.label),
+        1 => format!("the machine holds {} and the step {}", ground.base.label, names.concat()),
+        _ => format!("the machine holds {} and the steps {}", ground.base.label, names.join(", ")),
+    };
+    context.reports.note(format!("{holds}; nothing that is done in this shell is kept"));
+    let mut shell = (options.open_shell)(access);
+    tokio::select! {
+        closed = &mut shell => {
+            machine.kill().await;
+            closed
+        }
+        error = machine.ended() => {
+            context.reports.warn(error.chain());
+            machine.kill().await;
+            // It sees that its connection is gone, and gives the terminal back.
+            shell.await
+        }
+    }
+}
+
+/// What a machine is made of: the base, and every step with its key.
+struct Ground {
+    base: Base,
+    /// The base's blocks in the store.
+    record: DiskRecord,
+    disk_size: u64,
+    plan: Plan,
+}
+
+impl Ground {
+    async fn get(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<Self> {
+        let (base, record) = get_base(template, options.resume.fresh, stores.sink, context).await?;
+        let disk_size = disk_size(template, &base)?;
+        let plan = Plan::new(template, Some(record.digest))?;
+        Ok(Self { base, record, disk_size, plan })
+    }
+}
+
 /// A machine on its way through the steps.
 struct Run<'a> {
     machine: Box<dyn Machine>,
@@ -186,7 +233,12 @@ fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stor
     let records = stores.history.records(&template.name)?;
     let earlier = Earlier { cache: &**stores.cache, records: &records, image: &stores.image, now: SystemTime::now() };
     let decision = resume::decide(template, plan, &options.resume, &earlier)?;
-    let reasons = explain::reasons(&explain::explain(template, plan, &options.resume, &earlier, &decision)?);
+    // Without a step that runs they would be those of the seal.
+    let reasons = if options.resume.machine && decision.done() == plan.steps.len() {
+        Vec::new()
+    } else {
+        explain::reasons(&explain::explain(template, plan, &options.resume, &earlier, &decision)?)
+    };
     Ok(Decided { decision, reasons, records })
 }
 
@@ -258,20 +310,38 @@ async fn take_turn(
     }
 }
 
+/// A machine on which all steps are done.
+async fn provisioned<'a>(
+    template: &'a Template,
+    ground: &'a Ground,
+    decided: Decided,
+    options: &Options<'_>,
+    stores: &Stores<'a>,
+    context: &'a Context,
+) -> Result<Run<'a>> {
+    let (turn, decided) = take_turn(template, &ground.plan, options, stores, context, decided).await?;
+    for reason in &decided.reasons {
+        context.reports.note(reason.clone());
+    }
+    let mut run = get_machine(template, ground, &decided, turn, stores, context).await?;
+    match provision(template, &ground.plan, &mut run, context).await {
+        Ok(()) => Ok(run),
+        Err(error) => Err(give_up(run, error, options, context).await),
+    }
+}
+
 /// A machine as far as earlier bakes have brought it: from the deepest
 /// checkpoint that can be used, or booted from the base.
-#[allow(clippy::too_many_arguments)]
 async fn get_machine<'a>(
     template: &'a Template,
-    plan: &Plan,
-    base: &'a Base,
-    disk_size: u64,
+    ground: &'a Ground,
     decided: &Decided,
     turn: Option<Hold>,
     stores: &Stores<'a>,
     context: &'a Context,
 ) -> Result<Run<'a>> {
-    let start = Start { disk_size: Some(disk_size), checkpoints: true, ..Start::default() };
+    let Ground { base, plan, disk_size, .. } = ground;
+    let start = Start { disk_size: Some(*disk_size), checkpoints: true, ..Start::default() };
     let mut keeper = Keeper::new(stores.cache, template, base, context);
     let points: &[Point] = match &decided.decision.reuse {
         Reuse::Points(points) => points,
@@ -405,9 +475,8 @@ async fn boot(template: &Template, base: &Base, start: Start, context: &Context)
     Ok(machine)
 }
 
-/// Runs every step that is left, in order, then makes the guest ready for its
-/// last stop.
-async fn provision_and_seal(template: &Template, plan: &Plan, run: &mut Run<'_>, context: &Context) -> Result<()> {
+/// Runs every step that is left, in order.
+async fn provision(template: &Template, plan: &Plan, run: &mut Run<'_>, context: &Context) -> Result<()> {
     let steps = template.steps.iter().zip(&plan.steps).enumerate();
     for (index, (spec, planned)) in steps.skip(run.steps.len()) {
         let key = planned.known_key()?;
@@ -425,11 +494,22 @@ async fn provision_and_seal(template: &Template, plan: &Plan, run: &mut Run<'_>,
         run.steps.push(Done { report, record: planned.record(key, since_1970(SystemTime::now()), seconds) });
         run.keeper.ran(index, (key, seconds), &mut *run.machine, &run.traces, turn).await;
     }
+    Ok(())
+}
+
+/// Makes the guest ready for its last stop.
+async fn prepare_seal(template: &Template, run: &Run<'_>) -> Result<()> {
     let seal = Seal { name: &template.name, version: &template.version, commit: template.commit.as_deref(), keep: &template.keep };
     tokio::select! {
         done = seal::prepare(&*run.machine, &seal, &run.traces) => done,
         error = run.machine.ended() => Err(error.step("seal")),
     }
+}
+
+/// Ends a run in which something failed.
+async fn give_up(mut run: Run<'_>, error: Error, options: &Options<'_>, context: &Context) -> Error {
+    run.keeper.finish().await;
+    rescue(run.machine, error, options, context).await
 }
 
 /// What is left to do with a machine on which something failed.

@@ -7,6 +7,7 @@
 
 mod bake;
 pub mod explain;
+pub mod graph;
 mod keep;
 pub mod plan;
 pub mod resume;
@@ -16,7 +17,7 @@ pub mod template;
 #[cfg(test)]
 mod testing;
 
-pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake};
+pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake, shell};
 
 use std::time::Duration;
 

@@ -46,6 +46,8 @@ pub struct Options {
     pub fresh: bool,
     /// This step, and all after it.
     pub from: Option<String>,
+    /// The machine itself is wanted: no image will do in its place.
+    pub machine: bool,
 }
 
 impl Options {
@@ -54,19 +56,26 @@ impl Options {
     /// # Errors
     /// When there is no such step.
     pub fn first(&self, template: &Template) -> Result<Option<usize>> {
-        let Some(wanted) = &self.from else { return Ok(None) };
-        let names = || template.steps.iter().map(|step| step.common.name.as_str());
-        if let Some(step) = names().position(|name| name == wanted) {
-            return Ok(Some(step));
-        }
-        let list = names().collect::<Vec<_>>().join(", ");
-        let error = Error::new(Code::Usage, format!("`--from {wanted}`: the template has no step of that name"));
-        Err(match nearest(wanted, names()) {
-            Some(near) => error.next(format!("did you mean `{near}`? The steps are: {list}")),
-            None if list.is_empty() => error.next("it has no steps at all"),
-            None => error.next(format!("the steps are: {list}")),
-        })
+        self.from.as_ref().map(|wanted| find_step(template, "--from", wanted)).transpose()
     }
+}
+
+/// Which step `wanted`, given with `option`, names.
+///
+/// # Errors
+/// When there is no such step.
+pub fn find_step(template: &Template, option: &str, wanted: &str) -> Result<usize> {
+    let names = || template.steps.iter().map(|step| step.common.name.as_str());
+    if let Some(step) = names().position(|name| name == wanted) {
+        return Ok(step);
+    }
+    let list = names().collect::<Vec<_>>().join(", ");
+    let error = Error::new(Code::Usage, format!("`{option} {wanted}`: the template has no step of that name"));
+    Err(match nearest(wanted, names()) {
+        Some(near) => error.next(format!("did you mean `{near}`? The steps are: {list}")),
+        None if list.is_empty() => error.next("it has no steps at all"),
+        None => error.next(format!("the steps are: {list}")),
+    })
 }
 
 /// What is known of earlier bakes.
@@ -175,7 +184,7 @@ pub enum Refusal {
 /// is not there.
 pub fn decide(template: &Template, plan: &Plan, options: &Options, earlier: &Earlier<'_>) -> Result<Decision> {
     let first = options.first(template)?;
-    let anew = options.fresh || options.no_cache || first.is_some();
+    let anew = options.fresh || options.no_cache || options.machine || first.is_some();
     if !anew && let Some(found) = find_image(template, plan, earlier)? {
         return Ok(Decision { reuse: Reuse::Image(Box::new(found)), refused: vec![None; template.steps.len()] });
     }

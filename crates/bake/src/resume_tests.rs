@@ -57,6 +57,7 @@ fn what_a_bake_goes_on_from() {
     let plain = Options::default;
     let no_cache = Options { no_cache: true, ..plain() };
     let fresh = Options { fresh: true, ..plain() };
+    let machine = Options { machine: true, ..plain() };
     let b_always = || abc_with("b", "cache = false");
     let half_a_day = Some(Refusal::TooOld { step: 1, age: DAY, limit: DAY / 2 });
 
@@ -64,6 +65,7 @@ fn what_a_bake_goes_on_from() {
     let cases: Vec<Case> = vec![
         ("nothing was baked", |_| (), abc(), plain(), "", no()),
         ("nothing has changed", baked, abc(), plain(), "image 01J0", vec![None; 3]),
+        ("the machine is wanted", baked, abc(), machine, "3 2 1 0", vec![None; 3]),
         ("the image is gone", no_image, abc(), plain(), "3 2 1 0", vec![None; 3]),
         ("another last step", baked, abc().replace('3', "x"), plain(), "2 1 0", vec![None, None, no()[0]]),
         ("another first step", baked, abc().replace('1', "x"), plain(), "0", no()),

@@ -58,6 +58,12 @@ pub trait Builder: Send + Sync {
     /// Its kind, as the template names it (`qemu`).
     fn kind(&self) -> &'static str;
 
+    /// Bytes of this machine's memory that one of its machines takes; nothing
+    /// where they run elsewhere.
+    fn memory(&self) -> u64 {
+        0
+    }
+
     /// What a memory checkpoint depends on beside the step: machine shape,
     /// version of the hypervisor, CPU model. `None` where memory cannot be
     /// kept (a cloud).
