@@ -34,7 +34,7 @@ pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
 
 /// What the command line wants done anew; a step that it names must be there.
 pub(super) fn again(anew: &Anew, template: &Template) -> Result<resume::Options> {
-    let options = resume::Options { no_cache: anew.no_cache, fresh: anew.fresh, from: anew.from.clone(), machine: false };
+    let options = resume::Options { no_cache: anew.no_cache, fresh: anew.fresh, from: anew.from.clone(), ..resume::Options::default() };
     options.first(template).map(|_| options)
 }
 

@@ -90,6 +90,6 @@ pub(super) fn title(phase: Phase, name: &str) -> String {
         Phase::Base => format!("base {name}"),
         Phase::Step => format!("step {name}"),
         Phase::Test => format!("test {name}"),
-        Phase::Boot | Phase::Seal | Phase::Snapshot => name.to_owned(),
+        Phase::Boot | Phase::Checkpoint | Phase::Seal | Phase::Snapshot => name.to_owned(),
     }
 }

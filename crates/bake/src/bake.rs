@@ -89,11 +89,11 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
     let seal_key = known(plan.seal)?;
     let (_image_turn, _) = keep::claim(stores.cache, &seal_key, "this very image", context).await?;
     let decided = decide(template, plan, options, stores)?;
-    if let Some(baked) = reuse_image(template, plan, options, &decided, stores, context, began)? {
+    if let Some(baked) = reuse_image(template, plan, &decided, stores, context, began)? {
         return Ok(baked);
     }
     let run = provisioned(template, &ground, decided, options, stores, context).await?;
-    if let Err(error) = prepare_seal(template, &run).await {
+    if let Err(error) = prepare_seal(template, &run, context).await {
         return Err(give_up(run, error, options, context).await);
     }
     let Run { machine, mut keeper, steps, .. } = run;
@@ -232,7 +232,8 @@ struct Decided {
 fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stores<'_>) -> Result<Decided> {
     let records = stores.history.records(&template.name)?;
     let earlier = Earlier { cache: &**stores.cache, records: &records, image: &stores.image, now: SystemTime::now() };
-    let decision = resume::decide(template, plan, &options.resume, &earlier)?;
+    let wanted = resume::Options { untested: !options.test, ..options.resume.clone() };
+    let decision = resume::decide(template, plan, &wanted, &earlier)?;
     // Without a step that runs they would be those of the seal.
     let reasons = if options.resume.machine && decision.done() == plan.steps.len() {
         Vec::new()
@@ -246,16 +247,12 @@ fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stor
 fn reuse_image(
     template: &Template,
     plan: &Plan,
-    options: &Options<'_>,
     decided: &Decided,
     stores: &Stores<'_>,
     context: &Context,
     began: Instant,
 ) -> Result<Option<Baked>> {
     let Reuse::Image(found) = &decided.decision.reuse else { return Ok(None) };
-    if !found.same_config || (options.test && !found.tested) {
-        return Ok(None);
-    }
     let record = &found.record;
     let mut steps = Vec::with_capacity(plan.steps.len());
     for (spec, planned) in template.steps.iter().zip(&plan.steps) {
@@ -345,7 +342,6 @@ async fn get_machine<'a>(
     let mut keeper = Keeper::new(stores.cache, template, base, context);
     let points: &[Point] = match &decided.decision.reuse {
         Reuse::Points(points) => points,
-        // Its tests or its config are not what is wanted: only the seal is new.
         Reuse::Image(_) => &[],
     };
     for point in points {
@@ -367,7 +363,9 @@ async fn get_machine<'a>(
     let began = Instant::now();
     let mut machine = boot(template, base, start, context).await?;
     let seconds = began.elapsed().as_secs_f64();
+    let span = context.reports.begin(Phase::Boot, "first command");
     let traces = Traces::begin(&*machine.guest()).await?;
+    let _ = span.end(false);
     keeper.booted(known(plan.start)?, seconds, &mut *machine, &traces, turn).await;
     Ok(Run { machine, keeper, traces, steps: Vec::new(), turn: None })
 }
@@ -498,12 +496,15 @@ async fn provision(template: &Template, plan: &Plan, run: &mut Run<'_>, context:
 }
 
 /// Makes the guest ready for its last stop.
-async fn prepare_seal(template: &Template, run: &Run<'_>) -> Result<()> {
+async fn prepare_seal(template: &Template, run: &Run<'_>, context: &Context) -> Result<()> {
+    let span = context.reports.begin(Phase::Seal, "seal");
     let seal = Seal { name: &template.name, version: &template.version, commit: template.commit.as_deref(), keep: &template.keep };
     tokio::select! {
-        done = seal::prepare(&*run.machine, &seal, &run.traces) => done,
-        error = run.machine.ended() => Err(error.step("seal")),
+        done = seal::prepare(&*run.machine, &seal, &run.traces) => done?,
+        error = run.machine.ended() => return Err(error.step("seal")),
     }
+    let _ = span.end(false);
+    Ok(())
 }
 
 /// Ends a run in which something failed.
@@ -541,7 +542,7 @@ async fn rescue(machine: Box<dyn Machine>, error: Error, options: &Options<'_>, 
 }
 
 async fn stop_and_check(machine: Box<dyn Machine>, keep: &[String], context: &Context) -> Result<Box<dyn Stopped>> {
-    let span = context.reports.begin(Phase::Seal, "seal");
+    let span = context.reports.begin(Phase::Seal, "stop");
     let stopped = machine.stop(seal::STOP).await.map_err(|error| error.step("seal"))?;
     if !seal::check(&*stopped, keep).await.map_err(|error| error.step("seal"))? {
         context.reports.warn("the sealed disk was not checked: kiln reads ext4 only, and its root file system is another one");

@@ -326,8 +326,8 @@ pub fn explain(template: &Template, plan: &Plan, options: &Options, earlier: &Ea
         seal,
         tests,
         image: match &decision.reuse {
-            Reuse::Image(found) if found.same_config => Some(found.record.image),
-            _ => None,
+            Reuse::Image(found) => Some(found.record.image),
+            Reuse::Points(_) => None,
         },
         estimate: Estimate { seconds: seconds.into_iter().flatten().sum(), complete },
     })
@@ -594,9 +594,7 @@ impl View<'_> {
         let key = self.plan.seal;
         if let Reuse::Image(found) = &self.decision.reuse {
             let finished = UNIX_EPOCH + Duration::from_secs(found.record.finished);
-            let line = Line::cached(key, self.earlier.now.duration_since(finished).ok());
-            let reason = (!found.same_config).then(|| self.since(vec![Cause::Config], &found.record));
-            return Ok(Line { reason, ..line });
+            return Ok(Line::cached(key, self.earlier.now.duration_since(finished).ok()));
         }
         let own = |cause| Reason { causes: vec![cause], since: None };
         let reason = if self.first_runs < self.plan.steps.len() {
@@ -605,6 +603,12 @@ impl View<'_> {
             own(Cause::Fresh)
         } else if self.options.no_cache {
             own(Cause::NoCache)
+        } else if let Some(found) = &self.decision.unfit {
+            match (found.same_config, found.record.tests) {
+                (false, _) => self.since(vec![Cause::Config], &found.record),
+                (true, Some(_)) => self.since(vec![Cause::Tests], &found.record),
+                (true, None) => own(Cause::NotTested),
+            }
         } else if let Some(record) = self.earlier.records.iter().rev().find(|record| Some(record.seal) == key) {
             own(if (self.earlier.image)(record)?.is_some() { Cause::ImageOld } else { Cause::ImageGone })
         } else if let Some(reference) = self.reference {
@@ -622,14 +626,10 @@ impl View<'_> {
 
     fn tests(&self, seal: &Line, times: &Times<'_>) -> Line {
         let key = self.plan.tests;
-        let own = |cause| Reason { causes: vec![cause], since: None };
-        let reason = match &self.decision.reuse {
-            Reuse::Image(found) if found.tested => return Line::cached(key, seal.age_seconds.map(Duration::from_secs)),
-            Reuse::Image(found) if found.record.tests.is_some() => self.since(vec![Cause::Tests], &found.record),
-            Reuse::Image(_) => own(Cause::NotTested),
-            Reuse::Points(_) => own(Cause::AfterSeal),
-        };
-        Line::runs(key, times.tests(), reason)
+        match &self.decision.reuse {
+            Reuse::Image(_) => Line::cached(key, seal.age_seconds.map(Duration::from_secs)),
+            Reuse::Points(_) => Line::runs(key, times.tests(), Reason { causes: vec![Cause::AfterSeal], since: None }),
+        }
     }
 }
 

@@ -165,9 +165,9 @@ fn the_seal_and_the_tests_alone() {
     let mut world = World::default();
     let tested = abc() + "[[test]]\nshell = 'x'\n";
     world.bake(&web(&tested), DAY);
-    assert_eq!(said(&world, &tested.replace("'x'", "'y'")), ["tests: the tests changed since bake 01J0 (24 h ago)"]);
+    assert_eq!(said(&world, &tested.replace("'x'", "'y'")), ["seal: the tests changed since bake 01J0 (24 h ago)"]);
     world.records[0].tests = None;
-    assert_eq!(said(&world, &tested), ["tests: the image was not tested"]);
+    assert_eq!(said(&world, &tested), ["seal: the image was not tested"]);
     world.drop_images();
     assert_eq!(said(&world, &tested), ["seal: its image is no longer in the store"]);
     let explanation = world.explain(&web(&tested), &Options::default());

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use kiln_model::base::Base;
 use kiln_model::checkpoint::{CheckpointCache, Hold, KeptFile};
+use kiln_model::event::Phase;
 use kiln_model::machine::{Context, Machine};
 use kiln_model::{Error, Key, Result, ResultExt as _};
 use tokio::task::JoinHandle;
@@ -117,7 +118,9 @@ impl<'a> Keeper<'a> {
         let cache = self.cache.clone();
         let slot = crate::blocking("make room for a checkpoint", move || cache.slot(&key, memory.as_ref(), bytes)).await?;
         let Some(slot) = slot else { return Ok(()) };
+        let span = self.context.reports.begin(Phase::Checkpoint, "checkpoint");
         let Some(mut written) = machine.checkpoint(&slot).await? else { return Ok(()) };
+        let _ = span.end(false);
         let path = slot.folder.join(TRACES);
         let text = serde_json::to_vec(traces).trying(|| "describe the checkpoint".into())?;
         std::fs::write(&path, text).trying(|| format!("write {}", path.display()))?;

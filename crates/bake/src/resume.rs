@@ -2,7 +2,7 @@
 //! own, so that `kiln plan` foretells exactly what `kiln bake` does.
 //!
 //! The most that can be used is the image of an earlier bake with the same seal
-//! key; then nothing runs, or the tests alone. Otherwise a bake goes on from
+//! key, config and tests; then nothing runs. Otherwise a bake goes on from
 //! the deepest [`Point`] that is kept: the machine after some step, or the
 //! booted base. Nothing is said of a step that has never been kept beyond that
 //! it runs; [`crate::explain`] says why.
@@ -48,6 +48,8 @@ pub struct Options {
     pub from: Option<String>,
     /// The machine itself is wanted: no image will do in its place.
     pub machine: bool,
+    /// An image that has not passed the tests will do.
+    pub untested: bool,
 }
 
 impl Options {
@@ -99,6 +101,9 @@ pub struct Decision {
     /// For each step, why the bake may not go on right after it. `None`: it may,
     /// or need not, since an image is used.
     pub refused: Vec<Option<Refusal>>,
+    /// An image that all steps and the seal would make again, and that will not
+    /// do: its config or its tests are not those of the template.
+    pub unfit: Option<Box<Found>>,
 }
 
 impl Decision {
@@ -127,11 +132,10 @@ pub struct Found {
     /// What that bake was made of.
     pub record: Record,
     /// Whether its disk has passed the very tests of the template, or there
-    /// are none. Otherwise they are all that runs.
+    /// are none.
     pub tested: bool,
     /// Whether its config is what this bake would write. Otherwise labels or
-    /// names of steps have changed, which are not on the disk: the image is
-    /// published anew over the same disk.
+    /// names of steps have changed, which are not on the disk.
     pub same_config: bool,
 }
 
@@ -184,9 +188,14 @@ pub enum Refusal {
 /// is not there.
 pub fn decide(template: &Template, plan: &Plan, options: &Options, earlier: &Earlier<'_>) -> Result<Decision> {
     let first = options.first(template)?;
+    let mut unfit = None;
     let anew = options.fresh || options.no_cache || options.machine || first.is_some();
     if !anew && let Some(found) = find_image(template, plan, earlier)? {
-        return Ok(Decision { reuse: Reuse::Image(Box::new(found)), refused: vec![None; template.steps.len()] });
+        let fits = found.same_config && (found.tested || options.untested);
+        if fits {
+            return Ok(Decision { reuse: Reuse::Image(Box::new(found)), refused: vec![None; template.steps.len()], unfit: None });
+        }
+        unfit = Some(Box::new(found));
     }
     let made = Made::of(plan, earlier)?;
     let mut points = Vec::new();
@@ -218,7 +227,7 @@ pub fn decide(template: &Template, plan: &Plan, options: &Options, earlier: &Ear
     {
         points.push(Point { done: 0, key, max_age: None, peek });
     }
-    Ok(Decision { reuse: Reuse::Points(points), refused })
+    Ok(Decision { reuse: Reuse::Points(points), refused, unfit })
 }
 
 /// The image of an earlier bake that this one would make again: with the same

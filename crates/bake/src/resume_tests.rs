@@ -33,9 +33,13 @@ fn shown(world: &World, text: &str, options: &Options) -> (String, Vec<Option<Re
 }
 
 fn found(world: &World, text: &str) -> Option<Found> {
-    match world.try_decide(text, &Options::default()).unwrap().reuse {
-        Reuse::Image(found) => Some(*found),
-        Reuse::Points(_) => None,
+    let decision = world.try_decide(text, &Options::default()).unwrap();
+    match decision.reuse {
+        Reuse::Image(found) => {
+            assert!(found.tested && found.same_config);
+            Some(*found)
+        }
+        Reuse::Points(_) => decision.unfit.map(|found| *found),
     }
 }
 
@@ -190,6 +194,8 @@ fn an_image_is_used_with_its_tests_and_its_config() {
     let tested = web(&(abc() + "[[test]]\nshell = 'x'\n"));
     world.bake(&tested, DAY).tests = None;
     assert!(!found(&world, &tested).unwrap().tested);
+    let untested = world.try_decide(&tested, &Options { untested: true, ..Options::default() }).unwrap();
+    assert!(matches!(untested.reuse, Reuse::Image(_)));
     assert!(found(&world, &web(&abc())).unwrap().tested, "there are none");
     // The same disk passes them later; other tests are no evidence.
     world.bake(&tested, DAY / 2);

@@ -20,6 +20,8 @@ pub enum Phase {
     Boot,
     /// One provisioning step.
     Step,
+    /// Keeping the machine for later bakes.
+    Checkpoint,
     /// Removing what must not be cloned, stopping, checking the stopped disk.
     Seal,
     /// Reading blocks into the store.
