@@ -55,7 +55,7 @@ fn prune_evicts_over_the_budget_and_with_cache_all_that_nobody_uses() {
         let key = KeyHasher::new(name).finish();
         let slot = cache.slot(&key, None, 1 << 20).unwrap().unwrap();
         std::fs::write(slot.folder.join("disk"), vec![1; 1 << 20]).unwrap();
-        let file = KeptFile { name: "disk".into(), length: 0, digest: String::new(), builder_checks: false };
+        let file = KeptFile { name: "disk".into(), length: 0, digest: String::new() };
         cache.commit(slot, &Written { files: vec![file], ..Written::default() }, std::time::Duration::from_secs(42)).unwrap();
         key
     });

@@ -2,12 +2,14 @@
 //!
 //! **Keeping.** The agent writes the guest's file systems out and freezes all
 //! of its processes; QEMU stops the processors. The top layer of the disk is
-//! frozen by putting an empty one on it ([`crate::layers`]), the devices' state
-//! is written (about 1 MB), the memory is copied ([`crate::memory`]), and
-//! everything goes on. Nothing of the disk is copied.
+//! frozen by putting an empty one on it ([`crate::layers`]), memory and devices
+//! are written as a migration stream, and everything goes on. Nothing of the
+//! disk is copied. Memory that QEMU shares with a file would make the stream
+//! small (`x-ignore-shared`), and every boot and step a third slower: the kernel
+//! gives shared memory no huge pages.
 //!
 //! **Going on.** A fresh QEMU gets links to the frozen layers with an empty one
-//! on them, a verified copy of the memory, and the devices' state. Its guest is
+//! on them, and the stream, whose digest the cache has compared. Its guest is
 //! not a twin of the one that was kept: its processes are still frozen when the
 //! agent gets, as the first thing that runs, entropy from this machine (and
 //! tells the kernel to reseed its generator from it), the time, and this
@@ -36,20 +38,16 @@ use crate::agent::{self, AgentGuest, Refresh};
 use crate::command::{self, Ovmf};
 use crate::layers::Layers;
 use crate::machine::QemuMachine;
-use crate::memory::Memory;
 use crate::settings::Boot;
 use crate::start::{EFI_VARIABLES, machine_folder, target};
 use crate::{QemuBuilder, private, ways_in};
 
 /// Version of the machine's shape and of what a checkpoint holds. A change
 /// makes every kept memory useless.
-const SHAPE: &str = "1";
+const SHAPE: &str = "2";
 
-/// The guest's memory, in a checkpoint's folder.
-const MEMORY: &str = "memory";
-
-/// The devices' state.
-const DEVICES: &str = "devices";
+/// The state of memory and devices, in a checkpoint's folder.
+const STATE: &str = "state";
 
 /// How long a guest without an agent may take to write its files.
 const SYNCING: Duration = Duration::from_secs(120);
@@ -119,31 +117,19 @@ impl QemuBuilder {
         };
         let body = self.body(base, start, folder, layers, ovmf, note.instance)?;
         let memory = match (&checkpoint.memory, self.shape_key(&checkpoint.step, base, context).await?) {
-            (Some(kept), Some(wanted)) if *kept == wanted => checkpoint.files.iter().find(|file| file.name == MEMORY),
-            _ => None,
+            (Some(kept), Some(wanted)) => *kept == wanted,
+            _ => false,
         };
-        match memory {
-            None => self.boot(body, start, context).await.map(Some),
-            Some(kept) => self.go_on(body, checkpoint, kept, start, context).await.map(Some),
-        }
+        if memory { self.go_on(body, checkpoint, start, context).await.map(Some) } else { self.boot(body, start, context).await.map(Some) }
     }
 
     /// Goes on with memory.
-    async fn go_on(
-        &self,
-        body: crate::start::Body,
-        checkpoint: &Checkpoint,
-        kept: &KeptFile,
-        start: &Start,
-        context: &Context,
-    ) -> Result<QemuMachine> {
-        let (path, kept) = (checkpoint.folder.join(MEMORY), kept.clone());
-        let memory = tokio::task::spawn_blocking(move || Memory::load(&path, &kept)).await.trying(|| "read the kept memory".into())??;
-        let vm = self.launch(&body, &memory, true, start, context).await?;
+    async fn go_on(&self, body: crate::start::Body, checkpoint: &Checkpoint, start: &Start, context: &Context) -> Result<QemuMachine> {
+        let vm = self.launch(&body, true, start, context).await?;
         let work = async {
-            let devices = checkpoint.folder.join(DEVICES);
-            let file = std::fs::File::open(&devices).trying(|| format!("read {}", devices.display()))?;
-            vm.load_devices(file.into()).await?;
+            let path = checkpoint.folder.join(STATE);
+            let file = std::fs::File::open(&path).trying(|| format!("read {}", path.display()))?;
+            vm.load_state(file.into()).await?;
             let ssh = SshGuest::unconnected(target(&vm, &body, start).await?);
             let port = vm.take_agent().ok_or_else(|| Error::new(Code::Failed, "the agent's port is taken"))?;
             let refresh = Refresh { seed: entropy()?, now: SystemTime::now(), files: ways_in::files(&body.keys) };
@@ -158,7 +144,7 @@ impl QemuBuilder {
         match done {
             Ok((ssh, guest)) => {
                 let chosen = self.accelerator(context).await?;
-                Ok(self.machine(vm, memory, body, chosen, ssh, Some(guest), context))
+                Ok(self.machine(vm, body, chosen, ssh, Some(guest), context))
             }
             Err(error) => {
                 vm.kill().await;
@@ -214,14 +200,11 @@ impl QemuMachine {
             files.push(plain(EFI_VARIABLES.into()));
         }
         if with_memory {
-            let path = slot.folder.join(DEVICES);
+            let path = slot.folder.join(STATE);
             private::write(&path, &[]).trying(|| format!("make {}", path.display()))?;
             let file = std::fs::File::options().write(true).open(&path).trying(|| format!("write {}", path.display()))?;
-            self.vm.save_devices(OwnedFd::from(file)).await?;
-            files.push(plain(DEVICES.into()));
-            let path = slot.folder.join(MEMORY);
-            let memory = &self.memory;
-            files.push(tokio::task::block_in_place(|| memory.save(&path))?);
+            self.vm.save_state(OwnedFd::from(file)).await?;
+            files.push(plain(STATE.into()));
         }
         let base = self.layers.base();
         let note = Note {
@@ -236,16 +219,17 @@ impl QemuMachine {
         Ok(Written { memory: with_memory, files, note })
     }
 
-    /// Bytes that a checkpoint would take now, about.
+    /// Bytes that a checkpoint would take now, about. Much of the memory that a
+    /// guest has ever touched, in huge pages, is zero.
     pub(crate) fn kept_size(&self) -> u64 {
         let allocated = |path: &Path| std::fs::metadata(path).map_or(0, |meta| std::os::unix::fs::MetadataExt::blocks(&meta) * 512);
-        self.memory.used() + allocated(&self.layers.top().path)
+        self.vm.resident() / 2 + allocated(&self.layers.top().path)
     }
 }
 
 /// A file that the cache is to digest.
 fn plain(name: String) -> KeptFile {
-    KeptFile { name, length: 0, digest: String::new(), builder_checks: false }
+    KeptFile { name, length: 0, digest: String::new() }
 }
 
 /// 512 bytes that the guest's generator is seeded with.

@@ -13,7 +13,6 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use serde_json::{Value, json};
 
 use crate::layers::Layers;
-use crate::memory::Memory;
 use crate::settings::{Boot, Settings};
 
 /// Where distributions keep OVMF: code, and an empty variable store.
@@ -67,8 +66,6 @@ pub(crate) struct Descriptors {
     pub(crate) qmp: RawFd,
     pub(crate) serial: RawFd,
     pub(crate) firmware: RawFd,
-    /// The guest's memory.
-    pub(crate) memory: RawFd,
     /// The agent's port.
     pub(crate) agent: RawFd,
 }
@@ -85,7 +82,6 @@ pub(crate) struct Shape<'a> {
     pub(crate) disk: &'a Layers,
     pub(crate) credential: Option<&'a Path>,
     pub(crate) seed: Option<&'a Path>,
-    pub(crate) memory: &'a Memory,
     /// Whether it is to go on from a checkpoint; else it boots.
     pub(crate) resumed: bool,
     pub(crate) ports: &'a [Port],
@@ -116,9 +112,9 @@ pub(crate) fn boot(settings: &Settings, base: kiln_model::image::Firmware) -> Re
 pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     let mut arguments: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
-    let Descriptors { qmp, serial, firmware, memory, agent } = shape.descriptors;
+    let Descriptors { qmp, serial, firmware, agent } = shape.descriptors;
 
-    let mut machine = "q35,sata=off,smbus=off,usb=off,vmport=off,memory-backend=memory".to_owned();
+    let mut machine = "q35,sata=off,smbus=off,usb=off,vmport=off".to_owned();
     if shape.ovmf.is_some() {
         machine.push_str(",pflash0=code,pflash1=variables");
     }
@@ -127,8 +123,6 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     add("-cpu", if shape.kvm { "host".into() } else { TCG_CPU.into() });
     add("-smp", shape.settings.cpus.to_string());
     add("-m", format!("{}M", shape.settings.memory >> 20));
-    // Shared, so that a checkpoint can leave it out of the device state.
-    add("-object", format!("memory-backend-file,id=memory,size={}M,mem-path=/proc/self/fd/{memory},share=on", shape.settings.memory >> 20));
     if shape.resumed {
         // It waits to be told where its state is, and then to go on.
         add("-incoming", "defer".into());
@@ -250,7 +244,6 @@ mod tests {
         let settings = Settings { memory: 2 << 30, cpus: 3, ..Settings::default() };
         let base = DiskFile { path: "/b,a\"se".into(), format: DiskFormat::Raw, size: 1 };
         let disk = Layers::existing(&base, Path::new("/w,ork"), 1);
-        let memory = Memory::new(2 << 30).unwrap();
         let shape = Shape {
             settings: &settings,
             kvm: false,
@@ -258,11 +251,10 @@ mod tests {
             disk: &disk,
             credential: Some(Path::new("/w,ork/c")),
             seed: None,
-            memory: &memory,
             resumed: false,
             ports: &[Port { host: 8080, guest: 80 }],
             sandbox: true,
-            descriptors: Descriptors { qmp: 7, serial: 8, firmware: 9, memory: 10, agent: 11 },
+            descriptors: Descriptors { qmp: 7, serial: 8, firmware: 9, agent: 10 },
         };
         let line = arguments(&shape).join(" ");
         assert!(line.contains("-smbios type=11,path=/w,,ork/c"), "{line}");

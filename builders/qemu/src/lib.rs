@@ -42,7 +42,6 @@ pub mod doctor;
 mod kept;
 mod layers;
 mod machine;
-mod memory;
 mod private;
 mod qmp;
 mod screenshot;

@@ -20,7 +20,6 @@ use serde_json::Value;
 use crate::agent::AgentGuest;
 use crate::kept::Shown;
 use crate::layers::Layers;
-use crate::memory::Memory;
 use crate::vm::{End, Vm};
 
 /// Asks the guest to power off. The first one that is there does it; none of
@@ -40,7 +39,6 @@ pub(crate) struct QemuMachine {
     /// The faster way to the same guest, where checkpoints are wanted and it
     /// can have the agent.
     pub(crate) agent: Option<Arc<AgentGuest>>,
-    pub(crate) memory: Memory,
     pub(crate) layers: Layers,
     /// cloud-init's instance id.
     pub(crate) instance: String,

@@ -20,7 +20,6 @@ use crate::command::{self, Descriptors, Ovmf, Shape};
 use crate::kept::Shown;
 use crate::layers::Layers;
 use crate::machine::QemuMachine;
-use crate::memory::Memory;
 use crate::settings::Boot;
 use crate::vm::{End, Surroundings, Vm};
 use crate::{QemuBuilder, accelerator, private, ways_in};
@@ -99,12 +98,11 @@ impl QemuBuilder {
 
     /// Starts a machine on its layers and waits until its guest answers.
     pub(crate) async fn boot(&self, body: Body, start: &Start, context: &Context) -> Result<QemuMachine> {
-        let memory = Memory::new(self.settings.memory)?;
-        let vm = self.launch(&body, &memory, false, start, context).await?;
+        let vm = self.launch(&body, false, start, context).await?;
         let chosen = self.accelerator(context).await?;
         let limit = self.settings.boot_timeout.unwrap_or_else(|| chosen.boot_timeout());
         match reach(&vm, &body, start, limit, context).await {
-            Ok((ssh, agent)) => Ok(self.machine(vm, memory, body, chosen, ssh, agent, context)),
+            Ok((ssh, agent)) => Ok(self.machine(vm, body, chosen, ssh, agent, context)),
             Err(error) => {
                 vm.kill().await;
                 Err(error)
@@ -113,7 +111,7 @@ impl QemuBuilder {
     }
 
     /// Starts QEMU; a machine that is `resumed` waits for its devices' state.
-    pub(crate) async fn launch(&self, body: &Body, memory: &Memory, resumed: bool, start: &Start, context: &Context) -> Result<Vm> {
+    pub(crate) async fn launch(&self, body: &Body, resumed: bool, start: &Start, context: &Context) -> Result<Vm> {
         let shape = Shape {
             settings: &self.settings,
             kvm: self.accelerator(context).await?.kvm,
@@ -121,7 +119,6 @@ impl QemuBuilder {
             disk: &body.layers,
             credential: body.credential.as_deref(),
             seed: body.seed.as_deref(),
-            memory,
             resumed,
             ports: &start.ports,
             sandbox: true,
@@ -136,11 +133,9 @@ impl QemuBuilder {
         Vm::start(shape, around).await
     }
 
-    #[allow(clippy::too_many_arguments)]
     pub(crate) fn machine(
         &self,
         vm: Vm,
-        memory: Memory,
         body: Body,
         chosen: &Chosen,
         ssh: Arc<SshGuest>,
@@ -157,7 +152,7 @@ impl QemuBuilder {
             credential,
             seed,
         };
-        QemuMachine { vm, ssh, agent, memory, layers, instance, folder, context: context.clone(), shown }
+        QemuMachine { vm, ssh, agent, layers, instance, folder, context: context.clone(), shown }
     }
 
     pub(crate) fn check(&self, base: &Base) -> Result<()> {

@@ -23,8 +23,12 @@ use crate::screenshot;
 /// How long QEMU may take to write what it holds and leave.
 const CLOSING: Duration = Duration::from_secs(120);
 
-/// How long writing or reading the state of the devices may take.
-const MIGRATING: Duration = Duration::from_secs(60);
+/// How long writing or reading a machine's state may take: gigabytes on a slow
+/// disk.
+const MIGRATING: Duration = Duration::from_secs(600);
+
+/// QEMU's limit of a migration's speed, in bytes per second: none.
+const UNLIMITED: u64 = 1 << 40;
 
 /// What QEMU calls the file of that state.
 const STATE: &str = "state";
@@ -105,15 +109,13 @@ impl Vm {
         let ((qmp, qmp_end), (serial, serial_end), (firmware, firmware_end)) = (pair()?, pair()?, pair()?);
         let (agent, agent_end) = pair()?;
         let [qmp_end, serial_end, firmware_end, agent_end] = [qmp_end, serial_end, firmware_end, agent_end].map(OwnedFd::from);
-        let memory = shape.memory.descriptor()?;
         let descriptors = Descriptors {
             qmp: qmp_end.as_raw_fd(),
             serial: serial_end.as_raw_fd(),
             firmware: firmware_end.as_raw_fd(),
-            memory: memory.as_raw_fd(),
             agent: agent_end.as_raw_fd(),
         };
-        let inherit = vec![qmp_end, serial_end, firmware_end, memory, agent_end];
+        let inherit = vec![qmp_end, serial_end, firmware_end, agent_end];
         let mut command = Command::new(&shape.settings.binary);
         command.args(command::arguments(&Shape { descriptors, ..*shape }));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -201,6 +203,14 @@ impl Vm {
         }
     }
 
+    /// Bytes of this machine's memory that QEMU has in use, those of the guest
+    /// above all.
+    pub(crate) fn resident(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/statm", self.child.pid())).unwrap_or_default();
+        let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or_default();
+        pages * rustix::param::page_size() as u64
+    }
+
     /// The host's end of the agent's port; once.
     pub(crate) fn take_agent(&self) -> Option<Port> {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -235,33 +245,32 @@ impl Vm {
         self.qmp.execute("blockdev-snapshot", arguments).await.map(|_| ())
     }
 
-    /// Writes the state of a paused machine's devices to `file`. Its memory is
-    /// not among it.
+    /// Writes the state of a paused machine, its memory and its devices, to
+    /// `file`. Pages of zeros take no room in it.
     ///
     /// # Errors
     /// When QEMU cannot write it.
-    pub(crate) async fn save_devices(&self, file: OwnedFd) -> Result<()> {
-        self.set_capabilities().await?;
+    pub(crate) async fn save_state(&self, file: OwnedFd) -> Result<()> {
+        self.prepare_migration().await?;
+        self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": UNLIMITED })).await?;
         self.qmp.pass(STATE, file).await?;
-        self.migrate("migrate", json!({ "uri": format!("fd:{STATE}") })).await.trying(|| "save the state of the machine's devices".into())
+        self.migrate("migrate", json!({ "uri": format!("fd:{STATE}") })).await.trying(|| "save the machine's state".into())
     }
 
-    /// Reads the state that [`Vm::save_devices`] wrote, of a machine that was
+    /// Reads the state that [`Vm::save_state`] wrote, of a machine that was
     /// started for it. It stays paused.
     ///
     /// # Errors
     /// When QEMU cannot use it.
-    pub(crate) async fn load_devices(&self, file: OwnedFd) -> Result<()> {
-        self.set_capabilities().await?;
+    pub(crate) async fn load_state(&self, file: OwnedFd) -> Result<()> {
+        self.prepare_migration().await?;
         self.qmp.pass(STATE, file).await?;
-        self.migrate("migrate-incoming", json!({ "uri": format!("fd:{STATE}") }))
-            .await
-            .trying(|| "load the state of the machine's devices".into())
+        self.migrate("migrate-incoming", json!({ "uri": format!("fd:{STATE}") })).await.trying(|| "load the machine's state".into())
     }
 
-    async fn set_capabilities(&self) -> Result<()> {
-        let on = |name: &str| json!({ "capability": name, "state": true });
-        let capabilities = json!({ "capabilities": [on("events"), on("x-ignore-shared")] });
+    /// Has events tell how a migration goes.
+    async fn prepare_migration(&self) -> Result<()> {
+        let capabilities = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.qmp.execute("migrate-set-capabilities", capabilities).await.map(|_| ())
     }
 

@@ -124,7 +124,7 @@ impl<'a> Keeper<'a> {
         let path = slot.folder.join(TRACES);
         let text = serde_json::to_vec(traces).trying(|| "describe the checkpoint".into())?;
         std::fs::write(&path, text).trying(|| format!("write {}", path.display()))?;
-        written.files.push(KeptFile { name: TRACES.into(), length: 0, digest: String::new(), builder_checks: false });
+        written.files.push(KeptFile { name: TRACES.into(), length: 0, digest: String::new() });
         self.unsaved = 0.0;
         let (cache, worth) = (self.cache.clone(), Duration::from_secs_f64(self.worth));
         self.pending.push(tokio::task::spawn_blocking(move || {

@@ -294,7 +294,6 @@ fn verify(folder: &Path, label: &Label) -> std::result::Result<(), Unusable> {
         _ if is_damage(&error) => Unusable::Damaged(format!("{name} cannot be read: {error}")),
         _ => Unusable::Failed(error),
     };
-    let mut compared = Vec::new();
     let mut sources = Vec::new();
     for kept in &label.files {
         let path = folder.join(&kept.name);
@@ -302,12 +301,9 @@ fn verify(folder: &Path, label: &Label) -> std::result::Result<(), Unusable> {
         if !meta.is_file() || meta.len() != kept.length {
             return Err(Unusable::Damaged(format!("{} has {} bytes instead of {}", kept.name, meta.len(), kept.length)));
         }
-        if !kept.builder_checks {
-            compared.push(kept);
-            sources.push(Source { file: File::open(&path).map_err(|error| unreadable(&kept.name, error))?, length: kept.length });
-        }
+        sources.push(Source { file: File::open(&path).map_err(|error| unreadable(&kept.name, error))?, length: kept.length });
     }
-    for (kept, digest) in compared.into_iter().zip(digest_all(&sources)) {
+    for (kept, digest) in label.files.iter().zip(digest_all(&sources)) {
         if digest.map_err(|error| unreadable(&kept.name, error))? != kept.digest {
             return Err(Unusable::Damaged(format!("the bytes of {} are not those that were written", kept.name)));
         }

@@ -46,10 +46,6 @@ pub struct KeptFile {
     /// cache is to make it ([`Written`]); then the length is the cache's to find
     /// out too.
     pub digest: String,
-    /// Whether the builder compares the digest while it reads the file, as it
-    /// does with memory; all others are compared before a checkpoint is given
-    /// out.
-    pub builder_checks: bool,
 }
 
 /// Bytes in a chunk of a [`FileDigest`].

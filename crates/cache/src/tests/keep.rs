@@ -22,7 +22,7 @@ fn what_was_kept_is_found_again() {
     std::fs::set_permissions(slot.folder.join("disk"), std::fs::Permissions::from_mode(0o644)).unwrap();
     let mut digest = FileDigest::new();
     digest.add(0, b"remembered");
-    let remembered = KeptFile { name: "memory".into(), length: 10, digest: digest.finish(10), builder_checks: true };
+    let remembered = KeptFile { name: "memory".into(), length: 10, digest: digest.finish(10) };
     let note = serde_json::json!({"z": 1, "a": ["x", 0.5]});
     let written = Written { memory: true, files: vec![undigested("disk"), remembered.clone()], note: note.clone() };
     assert!(place.find(&step).is_none(), "seen before it was committed");

@@ -82,7 +82,7 @@ fn slot(cache: &Checkpoints, step: &Key, bytes: u64) -> Slot {
 }
 
 fn undigested(name: &str) -> KeptFile {
-    KeptFile { name: name.into(), length: 0, digest: String::new(), builder_checks: false }
+    KeptFile { name: name.into(), length: 0, digest: String::new() }
 }
 
 /// Commits a slot with all that is in its folder.
