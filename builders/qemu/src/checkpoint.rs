@@ -175,12 +175,13 @@ impl QemuMachine {
             Ok(()) => {
                 let kept = self.write_to(slot, still && slot.memory.is_some()).await;
                 // Whatever came of it, the guest goes on.
-                self.vm.go_on().await.and(kept)
+                self.vm.go_on().await.map_err(stuck)?;
+                kept
             }
             Err(error) => Err(error),
         };
         if let (Some(agent), true) = (&agent, still) {
-            agent.thaw().await.trying(|| "wake the guest".into())?;
+            agent.thaw().await.map_err(stuck)?;
         }
         kept
     }
@@ -225,6 +226,11 @@ impl QemuMachine {
         let allocated = |path: &Path| std::fs::metadata(path).map_or(0, |meta| std::os::unix::fs::MetadataExt::blocks(&meta) * 512);
         self.vm.resident() / 2 + allocated(&self.layers.top().path)
     }
+}
+
+/// The error for a machine that does not go on after a checkpoint.
+fn stuck(error: Error) -> Error {
+    Error::new(Code::MachineEnded, "the machine did not go on after a checkpoint").because(error)
 }
 
 /// A file that the cache is to digest.

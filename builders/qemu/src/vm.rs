@@ -27,6 +27,9 @@ const CLOSING: Duration = Duration::from_secs(120);
 /// disk.
 const MIGRATING: Duration = Duration::from_secs(600);
 
+/// How long QEMU may take to put away what a migration took.
+const FINISHING: Duration = Duration::from_secs(60);
+
 /// QEMU's limit of a migration's speed, in bytes per second: none.
 const UNLIMITED: u64 = 1 << 40;
 
@@ -290,11 +293,28 @@ impl Vm {
             "ended with QEMU".to_owned()
         };
         let status = match tokio::time::timeout(MIGRATING, ended).await {
-            Ok(status) if status == "completed" => return Ok(()),
+            Ok(status) if status == "completed" => return self.finish_migration().await,
             Ok(status) => status,
             Err(_) => format!("took over {} s", MIGRATING.as_secs()),
         };
         Err(Error::new(Code::Failed, format!("QEMU's migration {status}")).detail(self.child.stderr_tail()))
+    }
+
+    /// Waits until QEMU has put away what a migration took: it tells of the end
+    /// before, and until then refuses to go on. No event tells of this.
+    async fn finish_migration(&self) -> Result<()> {
+        const PAUSE: Duration = Duration::from_millis(2);
+        let end = tokio::time::Instant::now() + FINISHING;
+        loop {
+            let answer = self.qmp.execute("query-status", Value::Null).await?;
+            match answer["status"].as_str().unwrap_or_default() {
+                "finish-migrate" | "inmigrate" if tokio::time::Instant::now() < end => tokio::time::sleep(PAUSE).await,
+                "finish-migrate" | "inmigrate" => {
+                    return Err(Error::new(Code::Timeout, format!("QEMU's migration did not end within {} s", FINISHING.as_secs())));
+                }
+                _ => return Ok(()),
+            }
+        }
     }
 
     /// Ends QEMU so that its disk is whole.

@@ -366,7 +366,7 @@ async fn get_machine<'a>(
     let span = context.reports.begin(Phase::Boot, "first command");
     let traces = Traces::begin(&*machine.guest()).await?;
     let _ = span.end(false);
-    keeper.booted(known(plan.start)?, seconds, &mut *machine, &traces, turn).await;
+    keeper.booted(known(plan.start)?, seconds, &mut *machine, &traces, turn).await?;
     Ok(Run { machine, keeper, traces, steps: Vec::new(), turn: None })
 }
 
@@ -490,7 +490,7 @@ async fn provision(template: &Template, plan: &Plan, run: &mut Run<'_>, context:
         let seconds = span.end(false);
         let report = StepReport { name: spec.common.name.clone(), key, cached: false, seconds };
         run.steps.push(Done { report, record: planned.record(key, since_1970(SystemTime::now()), seconds) });
-        run.keeper.ran(index, (key, seconds), &mut *run.machine, &run.traces, turn).await;
+        run.keeper.ran(index, (key, seconds), &mut *run.machine, &run.traces, turn).await?;
     }
     Ok(())
 }

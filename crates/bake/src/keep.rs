@@ -20,7 +20,7 @@ use kiln_model::base::Base;
 use kiln_model::checkpoint::{CheckpointCache, Hold, KeptFile};
 use kiln_model::event::Phase;
 use kiln_model::machine::{Context, Machine};
-use kiln_model::{Error, Key, Result, ResultExt as _};
+use kiln_model::{Code, Error, Key, Result, ResultExt as _};
 use tokio::task::JoinHandle;
 
 use crate::explain::CHEAP;
@@ -63,10 +63,17 @@ impl<'a> Keeper<'a> {
     }
 
     /// Keeps the booted base.
-    pub(crate) async fn booted(&mut self, key: Key, seconds: f64, machine: &mut dyn Machine, traces: &Traces, turn: Option<Hold>) {
+    pub(crate) async fn booted(
+        &mut self,
+        key: Key,
+        seconds: f64,
+        machine: &mut dyn Machine,
+        traces: &Traces,
+        turn: Option<Hold>,
+    ) -> Result<()> {
         self.boot = Some(seconds);
         self.worth += seconds;
-        self.keep(key, machine, traces, turn).await;
+        self.keep(key, machine, traces, turn).await
     }
 
     /// Keeps the machine after step `index`, which took `seconds`, if that pays.
@@ -78,8 +85,8 @@ impl<'a> Keeper<'a> {
         machine: &mut dyn Machine,
         traces: &Traces,
         turn: Option<Hold>,
-    ) {
-        let Some(spec) = self.template.steps.get(index) else { return };
+    ) -> Result<()> {
+        let Some(spec) = self.template.steps.get(index) else { return Ok(()) };
         self.worth += seconds;
         self.unsaved += seconds;
         self.tainted |= !spec.common.secrets.is_empty();
@@ -91,8 +98,9 @@ impl<'a> Keeper<'a> {
         let memory = self.memory_key(&key).await;
         let least = if memory.is_some() { CHEAP.as_secs_f64().max(2.0 * cost) } else { self.boot.unwrap_or(BOOT) };
         if spec.checkpoint && !never && self.unsaved > least {
-            self.keep(key, machine, traces, turn).await;
+            self.keep(key, machine, traces, turn).await?;
         }
+        Ok(())
     }
 
     /// The key of its memory, where that may be kept.
@@ -104,12 +112,15 @@ impl<'a> Keeper<'a> {
     }
 
     /// A checkpoint that cannot be made costs the next bake time, and this one
-    /// nothing: it is said, and the bake goes on.
-    async fn keep(&mut self, key: Key, machine: &mut dyn Machine, traces: &Traces, turn: Option<Hold>) {
+    /// nothing: it is said, and the bake goes on. Only a machine that did not
+    /// survive it ends the bake.
+    async fn keep(&mut self, key: Key, machine: &mut dyn Machine, traces: &Traces, turn: Option<Hold>) -> Result<()> {
         match self.try_to_keep(key, machine, traces, turn).await {
-            Ok(()) => {}
+            Err(error) if error.kind() == Code::MachineEnded => return Err(error),
             Err(error) => self.context.reports.warn(format!("no checkpoint was kept: {}", error.chain())),
+            Ok(()) => {}
         }
+        Ok(())
     }
 
     async fn try_to_keep(&mut self, key: Key, machine: &mut dyn Machine, traces: &Traces, turn: Option<Hold>) -> Result<()> {
@@ -168,6 +179,5 @@ pub(crate) async fn claim(cache: &Arc<dyn CheckpointCache>, key: &Key, what: &st
 pub(crate) fn traces(folder: &std::path::Path) -> Result<Traces> {
     let path = folder.join(TRACES);
     let text = std::fs::read(&path).trying(|| format!("read {}", path.display()))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| Error::new(kiln_model::Code::DigestMismatch, format!("{} is damaged", path.display())).because(error))
+    serde_json::from_slice(&text).map_err(|error| Error::new(Code::DigestMismatch, format!("{} is damaged", path.display())).because(error))
 }

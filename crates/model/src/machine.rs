@@ -107,7 +107,8 @@ pub trait Machine: Send + Sync {
     /// stands still meanwhile, and goes on as if nothing had been.
     ///
     /// # Errors
-    /// When the state cannot be written; the machine goes on all the same.
+    /// When the state cannot be written; the machine goes on all the same. With
+    /// [`crate::Code::MachineEnded`] it does not.
     async fn checkpoint(&mut self, slot: &Slot) -> Result<Option<Written>>;
 
     /// How many bytes a checkpoint of it would take now, about; `None` when it
