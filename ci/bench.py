@@ -41,6 +41,11 @@ class Work:
     def ratio(self) -> float:
         return statistics.median(self.kiln) / statistics.median(self.packer)
 
+    def good(self) -> bool:
+        """Whether it keeps its limit, and beats virt-customize where that was measured."""
+        beaten = not self.virt_customize or statistics.median(self.kiln) < statistics.median(self.virt_customize)
+        return beaten and self.ratio() <= self.limit
+
 
 WORKS = [
     Work("cold", "echo, base never booted", 0.60),
@@ -278,7 +283,7 @@ def report(done: list[Work]) -> bool:
 
     rows = [["work", "kiln", "packer", "ratio", "limit", "", "virt-customize"]]
     for work in done:
-        verdict = "ok" if work.ratio() <= work.limit else "OVER"
+        verdict = "ok" if work.good() else "OVER"
         numbers = [median(work.kiln), median(work.packer), f"{work.ratio():.4f}", f"{work.limit:.2f}"]
         rows.append([f"{work.name}: {work.title}", *numbers, verdict, median(work.virt_customize)])
     say("\nMedians of the wall time:\n")
@@ -290,7 +295,7 @@ def report(done: list[Work]) -> bool:
     rows += [[part, *(median([run.get(part, 0.0) for run in work.components]) for work in done)] for part in parts]
     say("\nWhere kiln's goes, in medians (`other`: what no event tells of):\n")
     table(rows)
-    return all(work.ratio() <= work.limit for work in done)
+    return all(work.good() for work in done)
 
 
 def measure(arguments: argparse.Namespace, done: list[Work], folder: Path) -> dict[str, str]:

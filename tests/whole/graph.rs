@@ -3,11 +3,11 @@
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::context::{Kiln, Ran, Template, tool, wait_until};
+use crate::context::{Kiln, Ran, Template, new_word, tool, wait_until};
 
 fn from(name: &str, base: &str) -> Template {
     Template::new(&format!(
@@ -79,8 +79,7 @@ fn an_interrupt_stops_all_of_them() {
 #[test]
 fn one_image_starts_from_another_of_the_same_call() {
     let kiln = Kiln::shared();
-    // No earlier run of the test has baked the same.
-    let word = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos().to_string();
+    let word = new_word();
     let a = Template::debian("graph-a", &format!("[[provision]]\nname = \"first\"\nshell = 'echo {word} | tee /etc/first'\n"));
     let b = Template::new(
         "[image]\nname = \"graph-b\"\nversion = \"1\"\n[base]\nimage = \"graph-a\"\n\

@@ -100,7 +100,7 @@ impl QemuBuilder {
         start: &Start,
         context: &Context,
     ) -> Result<Option<QemuMachine>> {
-        self.check(base)?;
+        let base = &self.check(base)?;
         let Ok(note) = serde_json::from_value::<Note>(checkpoint.note.clone()) else { return Ok(None) };
         let boot = command::boot(&self.settings, base.firmware)?;
         if note.base != base.disk.path || note.base_format != base.disk.format.name() || note.uefi != (boot == Boot::Uefi) {

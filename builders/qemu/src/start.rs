@@ -61,7 +61,7 @@ impl QemuBuilder {
 
     /// Boots a fresh machine from `base`.
     pub(crate) async fn start_machine(&self, base: &Base, start: &Start, context: &Context) -> Result<QemuMachine> {
-        self.check(base)?;
+        let base = &self.check(base)?;
         let boot = command::boot(&self.settings, base.firmware)?;
         let folder = machine_folder(&context.work)?;
         let size = start.disk_size.unwrap_or(base.disk.size);
@@ -155,7 +155,9 @@ impl QemuBuilder {
         QemuMachine { vm, ssh, agent, layers, instance, folder, context: context.clone(), shown }
     }
 
-    pub(crate) fn check(&self, base: &Base) -> Result<()> {
+    /// Whether this builder can start `base` at all; gives it with its disk by
+    /// the one path that is the same whichever way leads to it.
+    pub(crate) fn check(&self, base: &Base) -> Result<Base> {
         if base.architecture != "amd64" {
             let error = Error::new(Code::Base, format!("the base is for {}, and this builder runs amd64 only", base.architecture));
             return Err(error.next("use a base for amd64"));
@@ -168,7 +170,8 @@ impl QemuBuilder {
                 None => error.next("correct `binary` in [builder.qemu]"),
             });
         }
-        Ok(())
+        let path = std::fs::canonicalize(&base.disk.path).trying(|| format!("find {}", base.disk.path.display()))?;
+        Ok(Base { disk: DiskFile { path, ..base.disk.clone() }, ..base.clone() })
     }
 }
 

@@ -9,9 +9,8 @@ use kiln_model::event::Stream;
 use kiln_model::guest::Exit;
 use kiln_model::{Code, Error, Result, ResultExt as _};
 use kiln_ssh::{Input, Outlet, Sink};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf};
 use tokio::net::UnixStream;
-use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
@@ -59,7 +58,8 @@ impl Link {
         let what = || "take up with the guest's agent".into();
         let stream = port.stream.try_clone().trying(what)?;
         stream.set_nonblocking(true).trying(what)?;
-        let (mut read, mut write) = UnixStream::from_std(stream).trying(what)?.into_split();
+        // Not `into_split`, whose halves end the stream for the next link too.
+        let (mut read, mut write) = tokio::io::split(UnixStream::from_std(stream).trying(what)?);
         let mut closings = port.closings.clone();
         closings.mark_unchanged();
         if let Some((nonce, limit)) = nonce {
@@ -155,7 +155,7 @@ impl Link {
 }
 
 /// Gives each frame to whoever waits for it.
-async fn receive(mut read: OwnedReadHalf, waiting: &Waiting) {
+async fn receive(mut read: ReadHalf<UnixStream>, waiting: &Waiting) {
     loop {
         let mut head = [0; HEAD];
         if read.read_exact(&mut head).await.is_err() {

@@ -11,6 +11,7 @@ use super::*;
 /// An agent that runs here, and the link to it. It ends with this.
 struct Here {
     link: Arc<Link>,
+    port: Port,
     agent: Child,
     close: watch::Sender<u32>,
     _folder: tempfile::TempDir,
@@ -40,7 +41,7 @@ impl Here {
         let (close, closings) = watch::channel(0);
         let port = Port { stream: ours, closings };
         let link = Link::open(&port, Some((&nonce, STARTING))).await.unwrap();
-        Self { link, agent, close, _folder: folder }
+        Self { link, port, agent, close, _folder: folder }
     }
 
     async fn run(&self, line: &str, input: &[u8], limit: Option<Duration>) -> Result<Output> {
@@ -112,6 +113,14 @@ async fn nobody_waits_for_an_agent_that_is_gone() {
     assert_eq!(ended.unwrap_err().kind(), Code::Unreachable);
     assert!(here.link.is_lost());
     assert_eq!(here.run("true", b"", None).await.unwrap_err().kind(), Code::Unreachable);
+}
+
+#[tokio::test]
+async fn the_end_of_one_link_does_not_end_the_next() {
+    let mut here = Here::start().await;
+    // As after a reboot, where the old one goes when the new one is there.
+    here.link = Link::open(&here.port, None).await.unwrap();
+    assert!(here.run("true", b"", None).await.unwrap().exit.success());
 }
 
 #[test]
