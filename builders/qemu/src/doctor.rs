@@ -33,6 +33,15 @@ pub async fn checks(settings: &Settings, context: &Context) -> Result<Vec<Check>
     for program in [settings.binary.as_str(), "qemu-img", "qemu-nbd"] {
         checks.push(program_check(program).await);
     }
+    for (program, what) in [
+        ("mmdebstrap", "for Debian bases"),
+        ("mke2fs", "for Debian bases"),
+        ("unshare", "for Debian bases, without root"),
+        ("newuidmap", "for Debian bases, without root"),
+        ("ssh", "for shells on machines"),
+    ] {
+        checks.push(presence(program, what));
+    }
     let ovmf = crate::command::Ovmf::install(context.work.join("doctor-efi-variables.fd"));
     checks.push(Check {
         name: "OVMF (for UEFI)".into(),
@@ -61,6 +70,18 @@ pub async fn checks(settings: &Settings, context: &Context) -> Result<Vec<Check>
         });
     }
     Ok(checks)
+}
+
+/// Looks for a program that only some work needs.
+fn presence(program: &str, what: &str) -> Check {
+    let found = process::find(program);
+    Check {
+        name: format!("{program} ({what})"),
+        ok: found.is_some(),
+        needed: false,
+        found: found.as_ref().map_or_else(|| "not installed".into(), |path| path.display().to_string()),
+        fix: if found.is_some() { None } else { process::install_hint(program).map(Into::into) },
+    }
 }
 
 async fn program_check(program: &str) -> Check {

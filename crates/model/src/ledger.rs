@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -82,8 +82,11 @@ impl Ledger {
         let path = folder.join(format!("{id}.jsonl"));
         let open = || -> std::io::Result<File> {
             use std::os::unix::fs::OpenOptionsExt as _;
-            let file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(&path)?;
+            // Nobody takes it for a dead bake's before it is locked.
+            let new = path.with_extension("new");
+            let file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(&new)?;
             file.try_lock()?;
+            std::fs::rename(&new, &path)?;
             File::open(folder)?.sync_all()?;
             Ok(file)
         };
@@ -166,7 +169,12 @@ impl Orphan {
     /// # Errors
     /// When the file cannot be removed.
     pub fn settle(self) -> Result<()> {
-        std::fs::remove_file(&self.path).trying(|| format!("remove the ledger {}", self.path.display()))
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).trying(|| format!("remove the ledger {}", self.path.display()))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -184,13 +192,15 @@ pub fn orphans(folder: &Path) -> Result<Vec<Orphan>> {
     for entry in entries.flatten() {
         let path = entry.path();
         let Some(bake) = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".jsonl")) else { continue };
-        let Ok(file) = File::open(&path) else { continue };
+        let Ok(mut file) = File::open(&path) else { continue };
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => continue,
             Err(TryLockError::Error(error)) => return Err(error).trying(|| format!("lock the ledger {}", path.display())),
         }
-        let text = std::fs::read_to_string(&path).trying(|| format!("read the ledger {}", path.display()))?;
+        // Not by its name: a bake may have ended well since it was opened.
+        let mut text = String::new();
+        file.read_to_string(&mut text).trying(|| format!("read the ledger {}", path.display()))?;
         found.push(Orphan { bake: bake.to_owned(), left: left_in(&text), path: path.clone(), _locked: file });
     }
     found.sort_by(|a, b| a.bake.cmp(&b.bake));
