@@ -244,11 +244,13 @@ fn no_two_images_of_one_checkpoint_have_an_identity_in_common() {
     let kiln = with_base();
     let template =
         |name: &str| Template::debian(name, &format!("[disk]\nsize = \"3GiB\"\n[[provision]]\nname = \"say\"\nshell = 'echo {name}'\n"));
+    let user_data = kiln.home.join("user-data");
+    std::fs::write(&user_data, "#cloud-config\nhostname: clone\n").unwrap();
     let identities = ["left", "right"].map(|name| {
         kiln.ok(&["bake", template(name).path()]);
-        // What the image holds, and what a machine made of it makes for itself.
-        let line = "cat /etc/machine-id; for key in /etc/ssh/ssh_host_*_key.pub; do cut -d' ' -f2 $key; done";
-        let said = kiln.ok(&["run", name, "--exec", line]).stdout;
+        // What a machine made of the image makes for itself, where it is deployed.
+        let line = "cloud-init status --wait >/dev/null; cat /etc/machine-id; cut -d' ' -f2 /etc/ssh/ssh_host_*_key.pub";
+        let said = kiln.ok(&["run", name, "--user-data", user_data.to_str().unwrap(), "--exec", line]).stdout;
         said.lines().map(str::to_owned).collect::<Vec<_>>()
     });
     assert!(identities.iter().all(|lines| lines.len() >= 2), "{identities:?}");
