@@ -39,10 +39,14 @@ pub(crate) enum Command {
     Init(Init),
     /// Check a template; reports every mistake at once
     Validate(TemplateArgs),
-    /// Bake a template into an image
+    /// Say what a bake would do, step by step, and why
+    Plan(Plan),
+    /// Bake templates into images
     Bake(Bake),
     /// Boot an image on a throwaway copy
     Run(Run),
+    /// Open a shell on a template's machine before a step, or after all of them
+    Shell(Shell),
     /// List the images of the store
     Images(Images),
     /// Show what an image is made of
@@ -57,7 +61,7 @@ pub(crate) enum Command {
     Import(Import),
     /// Read every blob and block again and compare the digests
     Verify,
-    /// Remove what no image needs
+    /// Remove what no image needs, and checkpoints over the budget
     Prune(Prune),
     /// Remove what killed bakes have left behind
     Reap,
@@ -108,16 +112,40 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct Bake {
-    #[command(flatten)]
-    pub template: TemplateArgs,
-    /// Give the image this tag as well
-    #[arg(long = "tag", short, value_name = "TAG")]
-    pub tags: Vec<String>,
-    /// Get the base anew
+/// What to do anew although it was done before.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Anew {
+    /// Run every step anew, on the base as it is
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Get the base anew, and run every step
     #[arg(long)]
     pub fresh: bool,
+    /// Run this step anew, and all after it
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["no_cache", "fresh"])]
+    pub from: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    #[command(flatten)]
+    pub template: TemplateArgs,
+    #[command(flatten)]
+    pub anew: Anew,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bake {
+    /// Templates, or the folders of their kiln.toml; those that another one starts from come first
+    #[arg(default_value = ".", value_name = "TEMPLATE")]
+    pub templates: Vec<PathBuf>,
+    #[command(flatten)]
+    pub variables: Variables,
+    /// Give each image this tag as well
+    #[arg(long = "tag", short, value_name = "TAG")]
+    pub tags: Vec<String>,
+    #[command(flatten)]
+    pub anew: Anew,
     /// Do not run the template's tests
     #[arg(long)]
     pub no_test: bool,
@@ -165,6 +193,15 @@ pub(crate) struct Run {
     /// bios or uefi [default: what the image starts with]
     #[arg(long, value_name = "NAME")]
     pub firmware: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    #[command(flatten)]
+    pub template: TemplateArgs,
+    /// Before which step, by name or number [default: after all of them, before the seal]
+    #[arg(long, value_name = "STEP")]
+    pub before: Option<String>,
 }
 
 fn port(text: &str) -> Result<(u16, u16), String> {
@@ -239,10 +276,10 @@ pub(crate) struct Import {
 
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
-    /// Say what would go, and remove nothing
+    /// Say what would go, and remove nothing; with --cache, list the checkpoints
     #[arg(long)]
     pub dry_run: bool,
-    /// Built bases, downloads and unpacked disks too: they can be made again
+    /// All checkpoints, built bases and downloads too: they can be made again
     #[arg(long)]
     pub cache: bool,
 }

@@ -12,7 +12,7 @@ use kiln_model::base::{Base, BaseSource, DiskFile, DiskFormat};
 use kiln_model::home::Home;
 use kiln_model::kind::Kind;
 use kiln_model::machine::Context;
-use kiln_model::reference::Reference;
+use kiln_model::reference::{Pointer, Reference};
 use kiln_model::settings::{Node, Problems, Reader};
 use kiln_model::{Digest, Result, ResultExt as _};
 use kiln_store::Store;
@@ -40,7 +40,7 @@ impl Kind<dyn BaseSource> for ImageKind {
         let place = reader.entry("image")?.node.place;
         let text = reader.string("image", problems)?;
         match text.parse::<Reference>() {
-            Ok(reference) => Some(Box::new(ImageSource { home: self.0.clone(), reference, in_use: Mutex::default() })),
+            Ok(reference) => Some(Box::new(ImageSource { home: self.0.clone(), reference, pinned: None, in_use: Mutex::default() })),
             Err(error) => {
                 let problem = problems.add(place, error.to_string());
                 if let Some(next) = error.next_move() {
@@ -55,7 +55,16 @@ impl Kind<dyn BaseSource> for ImageKind {
 struct ImageSource {
     home: Home,
     reference: Reference,
+    pinned: Option<Digest>,
     in_use: Mutex<Option<File>>,
+}
+
+impl ImageSource {
+    /// What to ask the store for.
+    fn wanted(&self) -> Reference {
+        let pointer = self.pinned.map_or_else(|| self.reference.pointer.clone(), Pointer::Digest);
+        Reference { pointer, ..self.reference.clone() }
+    }
 }
 
 #[async_trait]
@@ -66,14 +75,22 @@ impl BaseSource for ImageSource {
 
     fn known(&self) -> Result<Option<Digest>> {
         let store = Store::open(&self.home.store())?;
-        Ok(store.image(&store.resolve(&self.reference)?)?.disk_digest())
+        Ok(store.image(&store.resolve(&self.wanted())?)?.disk_digest())
+    }
+
+    fn image(&self) -> Option<&Reference> {
+        Some(&self.reference)
+    }
+
+    fn pin(&mut self, image: Digest) {
+        self.pinned = Some(image);
     }
 
     async fn fetch(&self, _fresh: bool, context: &Context) -> Result<Base> {
         let store = Store::open(&self.home.store())?;
-        let (base, lock) = unpack(&self.home, &store, &self.reference, context).await?;
+        let (base, lock) = unpack(&self.home, &store, &self.wanted(), context).await?;
         *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
-        Ok(base)
+        Ok(Base { label: self.label(), ..base })
     }
 
     fn remember(&self, _: &Base, _: &Digest) -> Result<()> {
@@ -90,18 +107,25 @@ pub(crate) async fn unpack(home: &Home, store: &Store, reference: &Reference, co
     let record = store.record(&digest)?;
     let size = record.map.size;
     let path = disks(home)?.join(format!("{}.raw", record.digest.hex()));
-    let lock = locked(&path).await?;
-    if !path.exists() {
+    let lock = loop {
+        // Others may use it at the same time; nobody may remove it.
+        let shared = locked(&path, File::lock_shared).await?;
+        if path.exists() {
+            break shared;
+        }
+        drop(shared);
+        let _alone = locked(&path, File::lock).await?;
+        if path.exists() {
+            continue;
+        }
         let temp = context.work.join(format!("{}.raw", record.digest.hex()));
-        let (store, reports, to) = (store.clone(), context.reports.clone(), temp.clone());
+        let (store, record, reports, to) = (store.clone(), record.clone(), context.reports.clone(), temp.clone());
         let unpacked = tokio::task::spawn_blocking(move || {
             store.materialise(&record, &to, &mut |done, total| reports.progress("unpack", done, Some(total)))
         });
         unpacked.await.trying(|| "unpack the image".into())??;
         std::fs::rename(&temp, &path).trying(|| format!("keep the unpacked disk {}", path.display()))?;
-    }
-    // Others may use it at the same time; nobody may remove it.
-    lock.unlock().and_then(|()| lock.lock_shared()).trying(|| format!("lock {}", path.display()))?;
+    };
     let base = Base {
         label: reference.to_string(),
         disk: DiskFile { path, format: DiskFormat::Raw, size },
@@ -120,12 +144,12 @@ pub(crate) fn disks(home: &Home) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The lock beside an unpacked disk, held alone.
-async fn locked(path: &Path) -> Result<File> {
+/// The lock beside an unpacked disk, taken with `how`.
+async fn locked(path: &Path, how: fn(&File) -> std::io::Result<()>) -> Result<File> {
     let lock = path.with_extension("lock");
     let locked = tokio::task::spawn_blocking(move || {
         let file = File::options().create(true).append(true).open(&lock)?;
-        file.lock().map(|()| file)
+        how(&file).map(|()| file)
     });
     locked.await.trying(|| "wait for a lock".into())?.trying(|| format!("lock {}", path.display()))
 }

@@ -10,7 +10,8 @@ use kiln_model::home::Home;
 use kiln_model::ledger::{self, Ledger, Resource};
 use kiln_model::machine::Context;
 use kiln_model::{Code, Error, Result, ResultExt as _};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 /// Runs `work` with a context of its own. Whatever it made is undone when it
 /// ends, fails, or is interrupted. What killed bakes have left is removed first.
@@ -18,8 +19,17 @@ pub(crate) async fn with_context<T, F>(home: &Home, reports: &Reports, work: imp
 where
     F: Future<Output = Result<T>>,
 {
-    let mut signals = Signals::new()?;
+    let signals = Signals::listen()?;
     reap(home, reports).await?;
+    within(signals, home, reports, work).await
+}
+
+/// As [`with_context`], for one of several that hear the same `signals`;
+/// whoever begins them has reaped before.
+pub(crate) async fn within<T, F>(mut signals: Signals, home: &Home, reports: &Reports, work: impl FnOnce(Context) -> F) -> Result<T>
+where
+    F: Future<Output = Result<T>>,
+{
     let bake = new_id();
     let scope = Arc::new(Scope::new(Ledger::create(&home.ledger(), &bake)?));
     let folder = home.work().join(&bake);
@@ -97,22 +107,43 @@ fn new_id() -> String {
     ulid::Ulid::generate().to_string()
 }
 
-/// Ctrl-C and SIGTERM as errors.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
+/// Ctrl-C and SIGTERM as errors. Each clone hears all of them from the first
+/// on, also those that came before somebody listened to it.
+#[derive(Clone)]
+pub(crate) struct Signals {
+    came: watch::Receiver<Vec<Code>>,
+    heard: usize,
 }
 
 impl Signals {
-    fn new() -> Result<Self> {
-        let listen = |kind| signal(kind).trying(|| "listen for signals".into());
-        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    /// Listens from now on.
+    pub(crate) fn listen() -> Result<Self> {
+        let on = |kind| signal(kind).trying(|| "listen for signals".into());
+        let (mut interrupt, mut terminate) = (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
+        let (tell, came) = watch::channel(Vec::new());
+        tokio::spawn(async move {
+            loop {
+                let code = tokio::select! {
+                    _ = interrupt.recv() => Code::Interrupted,
+                    _ = terminate.recv() => Code::Terminated,
+                    () = tell.closed() => return,
+                };
+                tell.send_modify(|came| came.push(code));
+            }
+        });
+        Ok(Self { came, heard: 0 })
     }
 
-    async fn next(&mut self) -> Error {
-        tokio::select! {
-            _ = self.interrupt.recv() => Error::new(Code::Interrupted, "interrupted"),
-            _ = self.terminate.recv() => Error::new(Code::Terminated, "terminated"),
-        }
+    /// Waits for the next one.
+    pub(crate) async fn next(&mut self) -> Error {
+        let heard = self.heard;
+        let code = match self.came.wait_for(|came| came.len() > heard).await {
+            Ok(came) => came.get(heard).copied(),
+            // Nobody tells any more: the program ends.
+            Err(_) => None,
+        };
+        let Some(code) = code else { return std::future::pending().await };
+        self.heard += 1;
+        Error::new(code, if code == Code::Terminated { "terminated" } else { "interrupted" })
     }
 }

@@ -13,6 +13,14 @@ struct File {
     proxy: Option<Proxy>,
     mirror: Option<Mirror>,
     ca_certificates: Option<PathBuf>,
+    cache: Option<Cache>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cache {
+    /// As in a template: `"20GiB"`.
+    budget: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -27,9 +35,18 @@ struct Mirror {
     debian: String,
 }
 
+/// What the site says.
+#[derive(Debug, Default)]
+pub(crate) struct Settings {
+    /// What getting a base takes.
+    pub(crate) bases: Site,
+    /// Bytes that checkpoints may take; none: the cache decides.
+    pub(crate) cache_budget: Option<u64>,
+}
+
 /// Reads the site's settings; the user's own come last and win.
-pub(crate) fn load() -> Result<Site> {
-    let mut site = Site::default();
+pub(crate) fn load() -> Result<Settings> {
+    let mut settings = Settings::default();
     for path in paths() {
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -39,13 +56,21 @@ pub(crate) fn load() -> Result<Site> {
         let file: File = toml::from_str(&text).map_err(|error| {
             Error::new(Code::Usage, format!("{} is wrong: {}", path.display(), error.message()))
                 .detail(error.to_string())
-                .next("it may hold `ca_certificates`, `[proxy] url` and `[mirror] debian`")
+                .next("it may hold `ca_certificates`, `[proxy] url`, `[mirror] debian` and `[cache] budget`")
         })?;
-        site.proxy = file.proxy.map(|proxy| proxy.url).or(site.proxy);
-        site.mirror = file.mirror.map(|mirror| mirror.debian).or(site.mirror);
-        site.ca_certificates = file.ca_certificates.or(site.ca_certificates);
+        if let Some(cache) = file.cache {
+            let wrong = || {
+                Error::new(Code::Usage, format!("{}: `[cache] budget` is no size: {}", path.display(), cache.budget))
+                    .next("write a number and a unit, as in \"20GiB\"")
+            };
+            settings.cache_budget = Some(kiln_model::settings::parse_size(&cache.budget).ok_or_else(wrong)?);
+        }
+        let site = &mut settings.bases;
+        site.proxy = file.proxy.map(|proxy| proxy.url).or(site.proxy.take());
+        site.mirror = file.mirror.map(|mirror| mirror.debian).or(site.mirror.take());
+        site.ca_certificates = file.ca_certificates.or(site.ca_certificates.take());
     }
-    Ok(site)
+    Ok(settings)
 }
 
 fn paths() -> Vec<PathBuf> {

@@ -206,16 +206,21 @@ impl Provisioner for Files {
 
     fn key(&self, hasher: &mut KeyHasher) -> Result<()> {
         hasher.field("destination", &self.destination);
-        hasher.field("mode", self.mode.map(|mode| format!("{mode:o}")).unwrap_or_default());
-        hasher.field("owner", self.owner.as_deref().unwrap_or_default());
+        // What is not set is no part, so that it counts as added when it is.
+        let mode = self.mode.map(|mode| format!("{mode:o}"));
+        for (name, value) in [("mode", mode.as_deref()), ("owner", self.owner.as_deref())] {
+            hasher.hidden(name, value.unwrap_or_default());
+            value.map(|value| hasher.part(name, value));
+        }
         match &self.what {
             What::Upload(source) => {
                 let tree = Tree::walk(source)?;
                 if !tree.is_folder() && self.destination.ends_with('/') {
                     // Then its own name decides where it goes.
-                    hasher.field("name", source.file_name().unwrap_or_default().as_encoded_bytes());
+                    let name = source.file_name().unwrap_or_default().as_encoded_bytes();
+                    hasher.hidden("name", name).part("name of the file", name);
                 }
-                hasher.field("direction", "upload");
+                hasher.hidden("direction", "upload");
                 tree.key(hasher)
             }
             What::Content(text) => {
@@ -227,6 +232,10 @@ impl Provisioner for Files {
                 Ok(())
             }
         }
+    }
+
+    fn takes_out(&self) -> bool {
+        matches!(self.what, What::Download(..))
     }
 
     async fn run(&self, step: &Step<'_>) -> Result<()> {

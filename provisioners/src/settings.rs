@@ -77,6 +77,29 @@ pub(crate) mod tests {
         hasher.finish()
     }
 
+    /// What its key is made of, by name.
+    pub(crate) fn parts(provisioner: &dyn Provisioner) -> Vec<String> {
+        let mut hasher = kiln_model::key::KeyHasher::new("step");
+        provisioner.key(&mut hasher).unwrap();
+        hasher.finish_with_parts().1.into_iter().map(|part| part.name).collect()
+    }
+
+    #[test]
+    fn what_a_key_is_made_of_has_names_for_people() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("site")).unwrap();
+        std::fs::write(folder.path().join("site/index.html"), "x").unwrap();
+        let of = |kind: &str, entries: &[(&str, Value)]| parts(&*read(kind, &table(entries), folder.path())).join(", ");
+        let arguments = Value::Array(vec![text("a"), text("b")]);
+        assert_eq!(of("shell", &[("inline", string("x")), ("args", arguments)]), "interpreter, strict, argument 1, argument 2, script");
+        let (source, to) = (("source", string("site/")), ("destination", string("/srv")));
+        assert_eq!(of("file", &[source, to.clone()]), "destination, site, site/index.html");
+        assert_eq!(of("file", &[("content", string("x")), to, ("mode", string("0644"))]), "destination, mode, content");
+        let (source, to) = (("source", string("site/index.html")), ("destination", string("/srv/")));
+        assert_eq!(of("file", &[source, to]), "destination, name of the file, index.html");
+        assert_eq!(of("reboot", &[]), "command");
+    }
+
     #[test]
     fn a_common_key_in_the_table_of_any_kind_is_to_be_moved() {
         let folder = tempfile::tempdir().unwrap();

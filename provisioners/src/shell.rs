@@ -101,6 +101,14 @@ fn is_bash(interpreter: &[String]) -> bool {
     interpreter.first().is_some_and(|program| program == "bash" || program.ends_with("/bash"))
 }
 
+/// How a file comes into the guest.
+enum Content {
+    /// On standard input.
+    Sent(Vec<u8>),
+    /// In the command line.
+    Said(String),
+}
+
 /// What one run sees of the guest's output.
 struct Watch<'a> {
     step: &'a Step<'a>,
@@ -146,21 +154,29 @@ impl Watch<'_> {
 }
 
 impl Shell {
-    /// The files that a run needs, in the order in which they are sent.
-    fn files(&self, folder: &str, common: &Common) -> Result<[(&'static str, Vec<u8>); 4]> {
+    /// The files that a run needs. What may be secret, long or binary is sent
+    /// ([`Content::Sent`]) in this order; a command that writes the rest needs no
+    /// program for it.
+    fn files(&self, folder: &str, common: &Common) -> Result<Vec<(&'static str, Content)>> {
         let program: Vec<String> = self.interpreter.iter().map(|part| quote(part)).collect();
         let program = program.join(" ");
         let args: String = self.args.iter().map(|arg| format!(" {}", quote(arg))).collect();
         let cd = if common.user.is_some() { "cd 2>/dev/null || cd /\n" } else { "" };
-        let (options, bash_env) =
-            if self.strict { (" -Eeuo pipefail", format!("export BASH_ENV={folder}/prelude\n")) } else { ("", String::new()) };
-        let run = format!("{cd}. {folder}/env\n{bash_env}exec {program}{options} {folder}/script{args}\n");
-        Ok([
-            ("env", environment(common)?.into_bytes()),
-            ("run", run.into_bytes()),
-            ("prelude", if self.strict { prelude(&format!("{folder}/trace")) } else { String::new() }.into_bytes()),
-            ("script", self.script.clone()),
-        ])
+        let mut environment = environment(common)?;
+        let mut files = Vec::new();
+        if !common.env.is_empty() {
+            let sent = std::mem::replace(&mut environment, format!(". {folder}/env\n"));
+            files.push(("env", Content::Sent(sent.into_bytes())));
+        }
+        files.push(("script", Content::Sent(self.script.clone())));
+        let mut options = "";
+        if self.strict {
+            options = " -Eeuo pipefail";
+            environment.push_str(&format!("export BASH_ENV={folder}/prelude\n"));
+            files.push(("prelude", Content::Said(prelude(&format!("{folder}/trace")))));
+        }
+        files.push(("run", Content::Said(format!("{cd}{environment}exec {program}{options} {folder}/script{args}\n"))));
+        Ok(files)
     }
 
     fn failure(&self, exit: &Exit, watch: &Watch<'_>) -> Error {
@@ -234,25 +250,32 @@ fn environment(common: &Common) -> Result<String> {
 }
 
 /// What puts the files into place, runs the script and says how it went. One
-/// command, since each costs a guest under emulation a tenth of a second.
-fn wrapper(folder: &str, mark: &str, user: Option<&str>, files: &[(&str, Vec<u8>)]) -> String {
-    let take: Vec<String> = files.iter().map(|(name, bytes)| format!("head -c {} > \"$d/{name}\"", bytes.len())).collect();
-    let take = take.join(" && ");
-    let (own, sudo) = match user {
+/// command, and few programs in it: each costs a guest under emulation a
+/// twentieth of a second.
+fn wrapper(folder: &str, mark: &str, user: Option<&str>, files: &[(&str, Content)]) -> String {
+    let take = files.iter().map(|(name, content)| match content {
+        Content::Sent(bytes) => format!(" && head -c {} > \"$d/{name}\"", bytes.len()),
+        Content::Said(text) => format!(" && printf %s {} > \"$d/{name}\"", quote(text)),
+    });
+    let take: String = take.collect();
+    let (own, run) = match user {
         // The folder above may be entered, not listed.
         Some(user) => {
             let user = quote(user);
-            (format!(" && chmod 711 /run/kiln && chown -R {user} \"$d\" && command -v sudo > /dev/null"), format!("sudo -u {user} -H -- "))
+            (
+                format!(" && chmod 711 /run/kiln && chown -R {user} \"$d\" && command -v sudo > /dev/null"),
+                format!("sudo -u {user} -H -- /bin/sh \"$d/run\""),
+            )
         }
-        None => Default::default(),
+        None => (String::new(), "( . \"$d/run\" )".to_owned()),
     };
     format!(
         "umask 077; d={folder}
-trap 'rm -rf \"$d\"; rmdir /run/kiln 2>/dev/null' EXIT
-mkdir -p /run/kiln && mkdir \"$d\" && {take} && : > \"$d/trace\"{own} || exit 1
+trap 'rm -rf \"$d\"' EXIT
+mkdir -p \"$d\"{take} && : > \"$d/trace\"{own} || exit 1
 echo '{mark}ready'
 umask 022
-{sudo}/bin/sh \"$d/run\" < /dev/null
+{run} < /dev/null
 s=$?
 [ $s = 0 ] || tail -n 4 \"$d/trace\" | sed 's/^/{mark}/'
 exit $s"
@@ -267,9 +290,9 @@ impl Provisioner for Shell {
 
     fn key(&self, hasher: &mut KeyHasher) -> Result<()> {
         hasher.field("interpreter", self.interpreter.join(" ")).field("strict", self.strict.to_string());
-        hasher.field("args", self.args.len().to_string());
-        for arg in &self.args {
-            hasher.field("arg", arg);
+        hasher.hidden("args", self.args.len().to_string());
+        for (number, arg) in self.args.iter().enumerate() {
+            hasher.hidden("arg", arg).part(format!("argument {}", number + 1), arg);
         }
         hasher.field("script", &self.script);
         Ok(())
@@ -283,7 +306,11 @@ impl Provisioner for Shell {
         let mark = format!("kiln-{nonce} ");
         let command = Command {
             line: wrapper(&folder, &mark, user.as_deref(), &files),
-            stdin: files.into_iter().flat_map(|(_, bytes)| bytes).collect(),
+            stdin: files
+                .into_iter()
+                .filter_map(|(_, content)| if let Content::Sent(bytes) = content { Some(bytes) } else { None })
+                .flatten()
+                .collect(),
             timeout: *timeout,
         };
         let script = format!("{folder}/script");
@@ -294,7 +321,7 @@ impl Provisioner for Shell {
             Err(error) => {
                 // What was killed could not tidy up after itself.
                 if error.kind() == Code::Timeout {
-                    let line = format!("rm -rf {folder}; rmdir /run/kiln 2>/dev/null; :");
+                    let line = format!("rm -rf {folder}");
                     let _ = step.guest.execute(&Command::new(line).timeout(TIDYING), &mut |_, _| {}).await;
                 }
                 let error = match (error.kind(), timeout) {

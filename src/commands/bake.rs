@@ -1,65 +1,230 @@
-//! `kiln bake`: from a template to an image.
+//! `kiln bake`: from templates to images.
 
+use std::collections::HashMap;
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use kiln_bake::{Options, bake};
+use kiln_bake::graph::{Graph, Limits, Node};
+use kiln_bake::template::Template;
+use kiln_bake::{Options, Stores, bake, resume};
 use kiln_model::block::ImageSink;
-use kiln_model::event::{Baked, Event, Failure};
+use kiln_model::checkpoint::CheckpointCache;
+use kiln_model::event::{Baked, Event, Failure, Reports};
 use kiln_model::guest::SshAccess;
+use kiln_model::history::History;
+use kiln_model::home::Home;
 use kiln_model::reference::{Pointer, Reference};
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use kiln_store::Store;
+use tokio::task::JoinSet;
 
 use super::App;
+use super::plan::{again, config};
 use super::validate::load_or_explain;
 use crate::cli::{Bake, OnFailure};
-use crate::output::{print, seconds};
+use crate::output::{Events, print, seconds, show_error};
 use crate::registry::Registry;
-use crate::session::with_context;
+use crate::session::{Signals, reap, within};
 
 pub(super) async fn run(app: &App, arguments: &Bake) -> Result<u8> {
-    let reports = app.output.events();
-    let done = bake_one(app, arguments, &reports).await;
-    let event =
-        Event::Done { v: 1, ok: done.is_ok(), images: done.iter().cloned().collect(), error: done.as_ref().err().map(Failure::from) };
-    reports.event(event.clone());
+    let events = app.output.events();
+    let done = bake_all(app, arguments, &events).await.unwrap_or_else(|error| Ended { images: Vec::new(), errors: vec![error] });
+    let Ended { images, errors } = done;
+    let event = Event::Done { v: 1, ok: errors.is_empty(), images: images.clone(), error: errors.first().map(Failure::from) };
+    events.all().event(event.clone());
     if let Some(path) = &arguments.result {
         write_result(path, &event)?;
     }
-    let baked = done?;
     if !app.output.is_json() {
-        print(&summary(&baked));
+        images.iter().for_each(|image| print(&summary(image)));
     }
-    Ok(0)
+    let mut errors = errors.into_iter();
+    let first = errors.next();
+    errors.for_each(|error| show_error(&error));
+    first.map_or(Ok(0), Err)
 }
 
-async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Reports) -> Result<Baked> {
+/// What came of a call.
+struct Ended {
+    /// In the order of the templates.
+    images: Vec<Baked>,
+    /// As they came: the first one decides the exit status.
+    errors: Vec<Error>,
+}
+
+/// What all bakes of a call share.
+struct Kitchen {
+    home: Home,
+    store: Arc<Store>,
+    sink: Arc<dyn ImageSink>,
+    cache: Arc<dyn CheckpointCache>,
+    history: Arc<dyn History>,
+    test: bool,
+    on_failure: OnFailure,
+    tags: Vec<String>,
+}
+
+/// One bake to be done.
+struct Job {
+    template: Template,
+    resume: resume::Options,
+    reports: Reports,
+}
+
+async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended> {
     for tag in &arguments.tags {
         kiln_model::reference::check_tag(tag).map_err(|why| Error::new(Code::Usage, format!("`--tag {tag}`: {why}")))?;
     }
-    let registry = Registry::new(&app.home, &crate::site::load()?);
-    let template = load_or_explain(&arguments.template.template, &arguments.template.variables, &registry)?;
-    for secret in template.secrets.values() {
-        reports.redactor().add(secret);
+    let templates = load_all(app, arguments)?;
+    let nodes: Vec<Node> = templates.iter().map(|(template, _)| Node::of(template)).collect();
+    let titles: Vec<String> = nodes.iter().map(Node::title).collect();
+    let mut graph = Graph::new(nodes, limits(arguments))?;
+    let several = templates.len() > 1;
+    let mut jobs: Vec<Option<Job>> = Vec::new();
+    for ((template, resume), title) in templates.into_iter().zip(&titles) {
+        let reports = if several { events.of(title) } else { events.all() };
+        for secret in template.secrets.values() {
+            reports.redactor().add(secret);
+        }
+        jobs.push(Some(Job { template, resume, reports }));
     }
     let store = Arc::new(app.store()?);
-    let sink: Arc<dyn ImageSink> = store.clone();
-    let options = Options {
-        fresh: arguments.fresh,
+    let kitchen = Arc::new(Kitchen {
+        home: app.home.clone(),
+        sink: store.clone(),
+        store,
+        cache: Arc::new(app.checkpoints()?),
+        history: app.history()?,
         test: !arguments.no_test,
-        on_failure: match arguments.on_failure {
+        on_failure: arguments.on_failure,
+        tags: arguments.tags.clone(),
+    });
+
+    let signals = Signals::listen()?;
+    reap(&app.home, &events.all()).await?;
+    let (mut running, mut tasks) = (JoinSet::new(), HashMap::new());
+    let mut baked: Vec<Option<Baked>> = vec![None; jobs.len()];
+    let mut errors = Vec::new();
+    loop {
+        for index in graph.begin() {
+            let Some(mut job) = jobs.get_mut(index).and_then(Option::take) else { continue };
+            if let Some(image) = graph.base(index).and_then(|base| baked.get(base)?.as_ref()) {
+                job.template.base.pin(image.digest);
+            }
+            let (kitchen, signals) = (kitchen.clone(), signals.clone());
+            let task = running.spawn(async move { bake_one(&kitchen, job, signals).await });
+            tasks.insert(task.id(), index);
+        }
+        let Some(ended) = running.join_next_with_id().await else { break };
+        let (task, done) = match ended {
+            Ok(ended) => ended,
+            // The others go on, and unwind as they should.
+            Err(panic) => {
+                let error = Error::new(Code::Failed, "kiln itself failed: this is a bug");
+                (panic.id(), Err(error.because(panic).next("`kiln reap` removes what is left behind")))
+            }
+        };
+        let Some(index) = tasks.remove(&task) else { continue };
+        let title = titles.get(index).map_or("", String::as_str);
+        let lost = match done {
+            Ok(image) => {
+                if let Some(slot) = baked.get_mut(index) {
+                    *slot = Some(image);
+                }
+                graph.ended(index, true)
+            }
+            Err(error) if several => {
+                let reports = events.of(title);
+                events.forget(title);
+                let interrupted = matches!(error.kind(), Code::Interrupted | Code::Terminated);
+                let mut lost = graph.ended(index, false);
+                if interrupted {
+                    lost.extend(graph.stop());
+                } else {
+                    reports.warn(error.chain());
+                }
+                // Each would say the same of the one Ctrl-C.
+                if !interrupted || !errors.iter().any(|other: &Error| other.kind() == error.kind()) {
+                    errors.push(if interrupted { error } else { of_image(error, title) });
+                }
+                lost
+            }
+            Err(error) => {
+                errors.push(error);
+                graph.ended(index, false)
+            }
+        };
+        for index in lost {
+            let Some(title) = titles.get(index) else { continue };
+            let base = graph.base(index).filter(|base| baked.get(*base).is_some_and(Option::is_none));
+            let why = match base.and_then(|base| titles.get(base)) {
+                Some(base) => format!("not baked: it starts from {base}, which was not baked"),
+                None => "not baked: interrupted before it began".to_owned(),
+            };
+            events.of(title).warn(why);
+        }
+    }
+    Ok(Ended { images: baked.into_iter().flatten().collect(), errors })
+}
+
+/// All templates, so that the mistakes of all are shown.
+fn load_all(app: &App, arguments: &Bake) -> Result<Vec<(Template, resume::Options)>> {
+    let registry = Registry::new(&app.home, &crate::site::load()?.bases);
+    let load = |path| {
+        let template = load_or_explain(path, &arguments.variables, &registry)?;
+        let resume = again(&arguments.anew, &template)?;
+        Ok((template, resume))
+    };
+    let loaded: Vec<Result<_>> = arguments.templates.iter().map(|path| load(path)).collect();
+    loaded.into_iter().collect()
+}
+
+/// What this machine carries: its processors, and most of the memory that is
+/// free now. Two shells at a time would be one too many for a terminal.
+fn limits(arguments: &Bake) -> Limits {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let bakes = if matches!(arguments.on_failure, OnFailure::Shell) { 1 } else { cores };
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok());
+    Limits { bakes, memory: free.map_or(u64::MAX, |kib| kib * 1024 / 4 * 3) }
+}
+
+/// An error that says which of several images it is about.
+fn of_image(error: Error, title: &str) -> Error {
+    let mut told = Error::new(error.kind(), format!("{title} was not baked"));
+    if let Some(step) = error.step_name() {
+        told = told.step(step);
+    }
+    if let Some(next) = error.next_move() {
+        told = told.next(next);
+    }
+    for detail in error.details() {
+        told = told.detail(detail.clone());
+    }
+    told.because(error)
+}
+
+async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked> {
+    let Kitchen { home, store, sink, cache, history, .. } = kitchen;
+    let Job { template, resume, reports } = job;
+    let options = Options {
+        resume,
+        test: kitchen.test,
+        on_failure: match kitchen.on_failure {
             OnFailure::Clean => kiln_bake::OnFailure::Clean,
             OnFailure::Keep => kiln_bake::OnFailure::Keep,
             OnFailure::Shell => kiln_bake::OnFailure::Shell,
         },
         open_shell: &|access| Box::pin(open_shell(access)),
     };
-    let baked = with_context(&app.home, reports, |context| {
-        let (template, options, sink) = (&template, &options, &sink);
-        async move { bake(template, options, sink, &context).await }
+    let stores = Stores { sink, cache, history, image: &|record| config(store, record) };
+    let baked = within(signals, home, &reports, |context| {
+        let (template, options, stores) = (&template, &options, &stores);
+        async move { bake(template, options, stores, &context).await }
     })
     .await?;
-    for tag in &arguments.tags {
+    for tag in &kitchen.tags {
         let new = Reference { registry: None, name: baked.name.clone(), pointer: Pointer::Tag(Some(tag.clone())) };
         let image = Reference { pointer: Pointer::Digest(baked.digest), ..new.clone() };
         if let Some(moved) = store.tag(&image, &new)? {
@@ -69,9 +234,12 @@ async fn bake_one(app: &App, arguments: &Bake, reports: &kiln_model::event::Repo
     Ok(baked)
 }
 
-/// An interactive `ssh` on the terminal of this process.
+/// An interactive `ssh` on the terminal of this process; what comes through a
+/// pipe it reads as it is.
 pub(super) async fn open_shell(access: SshAccess) -> Result<()> {
+    let piped = !std::io::stdin().is_terminal();
     tokio::process::Command::new("ssh")
+        .args(piped.then_some("-T"))
         .args(access.ssh_arguments())
         .status()
         .await

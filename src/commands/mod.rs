@@ -9,14 +9,20 @@ mod import;
 mod init;
 mod inspect;
 mod man;
+mod plan;
 mod prune;
 mod reap;
 mod run;
+mod shell;
 mod tag;
 mod validate;
 mod verify;
 
+use std::sync::Arc;
+
+use kiln_cache::{Checkpoints, HistoryFiles};
 use kiln_model::event::Failure;
+use kiln_model::history::History;
 use kiln_model::home::Home;
 use kiln_model::{Error, Result};
 use kiln_store::Store;
@@ -34,6 +40,16 @@ impl App {
     /// The store, made if it is not there.
     pub(crate) fn store(&self) -> Result<Store> {
         Store::open(&self.home.store())
+    }
+
+    /// The checkpoints.
+    pub(crate) fn checkpoints(&self) -> Result<Checkpoints> {
+        Checkpoints::open(&self.home, crate::site::load()?.cache_budget)
+    }
+
+    /// The records of earlier bakes.
+    pub(crate) fn history(&self) -> Result<Arc<dyn History>> {
+        Ok(Arc::new(HistoryFiles::open(&self.home)?))
     }
 }
 
@@ -64,8 +80,10 @@ async fn dispatch(app: &App, command: Command) -> Result<u8> {
     match command {
         Command::Init(arguments) => init::run(app, &arguments),
         Command::Validate(arguments) => validate::run(app, &arguments),
+        Command::Plan(arguments) => plan::run(app, &arguments),
         Command::Bake(arguments) => bake::run(app, &arguments).await,
         Command::Run(arguments) => run::run(app, &arguments).await,
+        Command::Shell(arguments) => shell::run(app, &arguments).await,
         Command::Images(arguments) => images::run(app, &arguments),
         Command::Inspect(arguments) => inspect::run(app, &arguments),
         Command::Tag(arguments) => tag::tag(app, &arguments),

@@ -30,6 +30,7 @@ pub(super) async fn run(app: &App, arguments: &Run) -> Result<u8> {
         disk_size: None,
         ports: arguments.ports.iter().map(|(host, guest)| Port { host: *host, guest: *guest }).collect(),
         user_data,
+        checkpoints: false,
     };
     let builder = builder(app, arguments)?;
     with_context(&app.home, &reports, |context| {

@@ -13,7 +13,7 @@ use crate::output::{print_json, show_mistakes, show_warnings};
 use crate::registry::Registry;
 
 pub(super) fn run(app: &App, arguments: &TemplateArgs) -> Result<u8> {
-    let registry = Registry::new(&app.home, &crate::site::load()?);
+    let registry = Registry::new(&app.home, &crate::site::load()?.bases);
     match load(&arguments.template, &inputs(&arguments.variables), &registry.kinds()) {
         Ok(template) => {
             show_warnings(&template.sources, &template.warnings);

@@ -36,18 +36,18 @@ impl Output {
 
     /// For a command whose events are its result: with `--json` they go to
     /// standard output as well.
-    pub(crate) fn events(&self) -> Reports {
+    pub(crate) fn events(&self) -> Events {
         let people = self.people();
-        let sink: Arc<dyn Reporter> = if self.json { Arc::new(Both(Box::new(Json(Mutex::new(()))), people)) } else { Arc::from(people) };
-        Reports::new(sink, Redactor::default())
+        let sink: Arc<dyn Sink> = if self.json { Arc::new(Both(Box::new(Json(Mutex::new(()))), people)) } else { Arc::from(people) };
+        Events { sink, redactor: Redactor::default() }
     }
 
     /// For any other command: for people only.
     pub(crate) fn reports(&self) -> Reports {
-        Reports::new(Arc::from(self.people()), Redactor::default())
+        Events { sink: Arc::from(self.people()), redactor: Redactor::default() }.all()
     }
 
-    fn people(&self) -> Box<dyn Reporter> {
+    fn people(&self) -> Box<dyn Sink> {
         if self.quiet {
             Box::new(plain::Plain::warnings_only())
         } else if std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb") {
@@ -110,21 +110,79 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// One JSON object per line on standard output.
-struct Json(Mutex<()>);
+/// Takes events; those of one bake among several with its image.
+trait Sink: Send + Sync {
+    fn take(&self, image: Option<&str>, event: Event);
 
-impl Reporter for Json {
-    fn report(&self, event: Event) {
-        let _one_at_a_time = self.0.lock();
-        print_json(&event);
+    /// Takes back what is shown of a bake that has ended in the middle.
+    fn forget(&self, _image: &str) {}
+}
+
+/// Where the events of a command go. All its parts hide the same secrets.
+pub(crate) struct Events {
+    sink: Arc<dyn Sink>,
+    redactor: Redactor,
+}
+
+impl Events {
+    /// For the whole command.
+    pub(crate) fn all(&self) -> Reports {
+        self.lane(None)
+    }
+
+    /// For one of several bakes: whatever it says is marked with its image.
+    pub(crate) fn of(&self, image: &str) -> Reports {
+        self.lane(Some(image.to_owned()))
+    }
+
+    /// One of several bakes has ended in the middle.
+    pub(crate) fn forget(&self, image: &str) {
+        self.sink.forget(image);
+    }
+
+    fn lane(&self, image: Option<String>) -> Reports {
+        Reports::new(Arc::new(Lane { sink: self.sink.clone(), image }), self.redactor.clone())
     }
 }
 
-struct Both(Box<dyn Reporter>, Box<dyn Reporter>);
+struct Lane {
+    sink: Arc<dyn Sink>,
+    image: Option<String>,
+}
 
-impl Reporter for Both {
+impl Reporter for Lane {
     fn report(&self, event: Event) {
-        self.0.report(event.clone());
-        self.1.report(event);
+        self.sink.take(self.image.as_deref(), event);
+    }
+}
+
+/// One JSON object per line on standard output.
+struct Json(Mutex<()>);
+
+impl Sink for Json {
+    fn take(&self, image: Option<&str>, event: Event) {
+        #[derive(Serialize)]
+        struct Line<'a> {
+            #[serde(flatten)]
+            event: Event,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            image: Option<&'a str>,
+        }
+        let _one_at_a_time = self.0.lock();
+        print_json(&Line { event, image });
+    }
+}
+
+struct Both(Box<dyn Sink>, Box<dyn Sink>);
+
+impl Sink for Both {
+    fn take(&self, image: Option<&str>, event: Event) {
+        self.0.take(image, event.clone());
+        self.1.take(image, event);
+    }
+
+    fn forget(&self, image: &str) {
+        self.0.forget(image);
+        self.1.forget(image);
     }
 }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use kiln_model::event::{Event, Phase, Reporter};
+use kiln_model::event::{Event, Phase};
 
-use super::{bytes, say, seconds};
+use super::{Sink, bytes, say, seconds};
 
 /// How often a transfer says how far it has come.
 const EVERY: Duration = Duration::from_secs(5);
@@ -39,8 +39,12 @@ impl Plain {
     }
 }
 
-impl Reporter for Plain {
-    fn report(&self, event: Event) {
+impl Sink for Plain {
+    fn take(&self, image: Option<&str>, event: Event) {
+        let say = |text: &str| match image {
+            Some(image) => say(&format!("{image}: {text}")),
+            None => say(text),
+        };
         if let Event::Warning { message } = &event {
             return say(&format!("warning: {message}"));
         }
@@ -54,13 +58,13 @@ impl Reporter for Plain {
             Event::Begin { phase, name } => say(&format!("{} ...", title(phase, &name))),
             Event::Output { name, line, .. } => say(&format!("{name} | {line}")),
             Event::Progress { name, done, total } => {
-                if self.due(&name) {
+                if self.due(&format!("{} {name}", image.unwrap_or_default())) {
                     let of = total.map(|total| format!(" of {}", bytes(total))).unwrap_or_default();
                     say(&format!("{name}: {}{of}", bytes(done)));
                 }
             }
-            Event::End { phase, name, cached, seconds: took } => {
-                say(&format!("{} {} ({})", title(phase, &name), if cached { "cached" } else { "done" }, seconds(took)));
+            Event::End { phase, name, cached, age_seconds, seconds: took } => {
+                say(&format!("{} {}", title(phase, &name), ended(cached, age_seconds, took)));
             }
             Event::Note { message } => say(&message),
             Event::Warning { .. } | Event::Done { .. } => {}
@@ -71,12 +75,21 @@ impl Reporter for Plain {
     }
 }
 
+/// How a phase ended, in front of people: `done (3.2 s)`, `cached, 6 d old`.
+pub(super) fn ended(cached: bool, age_seconds: Option<u64>, took: f64) -> String {
+    match (cached, age_seconds) {
+        (false, _) => format!("done ({})", seconds(took)),
+        (true, None) => format!("cached ({})", seconds(took)),
+        (true, Some(age)) => format!("cached, {} old", kiln_bake::explain::span(std::time::Duration::from_secs(age))),
+    }
+}
+
 /// What a phase is called in front of people.
 pub(super) fn title(phase: Phase, name: &str) -> String {
     match phase {
         Phase::Base => format!("base {name}"),
         Phase::Step => format!("step {name}"),
         Phase::Test => format!("test {name}"),
-        Phase::Boot | Phase::Seal | Phase::Snapshot => name.to_owned(),
+        Phase::Boot | Phase::Checkpoint | Phase::Seal | Phase::Snapshot => name.to_owned(),
     }
 }

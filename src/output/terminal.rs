@@ -5,10 +5,10 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use kiln_model::event::{Event, Reporter};
+use kiln_model::event::Event;
 
-use super::plain::title;
-use super::seconds;
+use super::plain::{ended, title};
+use super::{Sink, seconds};
 
 /// Draws events on standard error.
 pub(super) struct Terminal {
@@ -59,20 +59,27 @@ fn dim(text: &str) -> String {
     console::style(text).dim().for_stderr().to_string()
 }
 
-impl Reporter for Terminal {
-    fn report(&self, event: Event) {
+impl Sink for Terminal {
+    fn take(&self, image: Option<&str>, event: Event) {
+        // Bars are told apart by what stands before them.
+        let of = |name: &str| image.map_or_else(|| name.to_owned(), |image| format!("{image} {name}"));
+        let show = |text: &str| match image {
+            Some(image) => self.line(&format!("{} {text}", dim(image))),
+            None => self.line(text),
+        };
         let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match event {
             Event::Started { name, version, bake, .. } => {
-                self.line(&format!("{} {name}:{version} {}", console::style("baking").bold().for_stderr(), dim(&bake)));
+                show(&format!("{} {name}:{version} {}", console::style("baking").bold().for_stderr(), dim(&bake)));
             }
             Event::Begin { phase, name } => {
-                let name = title(phase, &name);
+                let name = of(&title(phase, &name));
                 let bar = self.spinner(&name);
                 state.phases.insert(name, bar);
             }
-            Event::Output { name, line, .. } => self.line(&format!("  {} {}", dim(&format!("{name} │")), console::strip_ansi_codes(&line))),
+            Event::Output { name, line, .. } => show(&format!("  {} {}", dim(&format!("{name} │")), console::strip_ansi_codes(&line))),
             Event::Progress { name, done, total } => {
+                let name = of(&name);
                 let bar = state.transfers.entry(name.clone()).or_insert_with(|| self.transfer(&name, total));
                 bar.set_position(done);
                 if total.is_some_and(|total| done >= total) {
@@ -80,18 +87,18 @@ impl Reporter for Terminal {
                     state.transfers.remove(&name);
                 }
             }
-            Event::End { phase, name, cached, seconds: took } => {
+            Event::End { phase, name, cached, age_seconds, seconds: took } => {
                 let name = title(phase, &name);
-                if let Some(bar) = state.phases.remove(&name) {
+                if let Some(bar) = state.phases.remove(&of(&name)) {
                     bar.finish_and_clear();
                 }
                 let mark = console::style("✓").green().for_stderr();
-                let what = if cached { "cached  " } else { "" };
-                self.line(&format!("{mark} {name}  {}", dim(&format!("{what}{}", seconds(took)))));
+                let how = if cached { ended(cached, age_seconds, took) } else { seconds(took) };
+                show(&format!("{mark} {name}  {}", dim(&how)));
             }
-            Event::Note { message } => self.line(&dim(&message)),
-            Event::Warning { message } => self.line(&format!("{} {message}", console::style("warning:").yellow().bold().for_stderr())),
-            Event::Baked(image) => self.line(&format!(
+            Event::Note { message } => show(&dim(&message)),
+            Event::Warning { message } => show(&format!("{} {message}", console::style("warning:").yellow().bold().for_stderr())),
+            Event::Baked(image) => show(&format!(
                 "{} {}:{} {} {}",
                 console::style("baked").green().bold().for_stderr(),
                 image.name,
@@ -106,6 +113,16 @@ impl Reporter for Terminal {
                 for (_, bar) in state.transfers.drain() {
                     bar.finish_and_clear();
                 }
+            }
+        }
+    }
+
+    fn forget(&self, image: &str) {
+        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let State { phases, transfers } = &mut *state;
+        for bars in [phases, transfers] {
+            for (_, bar) in bars.extract_if(|name, _| name.split_once(' ').is_some_and(|(of, _)| of == image)) {
+                bar.finish_and_clear();
             }
         }
     }

@@ -30,13 +30,7 @@ pub(crate) fn seconds(seconds: f64) -> String {
 
 /// How long ago something was: `2 min ago`, `6 d ago`.
 pub(crate) fn ago(age: Duration) -> String {
-    let secs = age.as_secs();
-    match secs {
-        0..60 => format!("{secs} s ago"),
-        60..3_600 => format!("{} min ago", secs / 60),
-        3_600..172_800 => format!("{} h ago", secs / 3_600),
-        _ => format!("{} d ago", secs / 86_400),
-    }
+    format!("{} ago", kiln_bake::explain::span(age))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::context::{Kiln, Ran, Template, tool};
 fn bake_file(kiln: &Kiln, make: impl FnOnce(&std::path::Path)) -> Ran {
     let template = Template::new("[image]\nname = \"x\"\nversion = \"1\"\n[base]\nfile = \"disk\"\n[[provision]]\nshell = 'true'\n");
     make(&template.0.path().join("disk"));
-    let ran = kiln.run(&["bake", template.path()]);
+    let ran = kiln.run(&["bake", template.path(), "--no-cache"]);
     assert!(kiln.leftovers().is_empty(), "{:?}", kiln.leftovers());
     assert_eq!(kiln.ok(&["images", "--json", "--all"]).json().as_array().unwrap().len(), 0);
     ran
@@ -91,7 +91,7 @@ fn a_disk_that_does_not_boot_shows_its_console_and_a_screenshot() {
     bytes[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 0, 0, 1, 0, 0, 0, 0, 16, 0, 0]);
     bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
     template.write("disk", bytes);
-    let ran = kiln.run(&["bake", template.path()]);
+    let ran = kiln.run(&["bake", template.path(), "--no-cache"]);
     ran.fails(1, &["OOPS", ".png"]);
     let at = ran.stderr.find(".png").unwrap() + 4;
     let path = ran.stderr[..at].rsplit([' ', '\n']).next().unwrap();
@@ -108,6 +108,6 @@ fn a_disk_from_elsewhere_is_reached_through_its_cloud_init() {
          [[provision]]\nshell = 'systemctl is-system-running --wait; df -B1 --output=size / | tail -1 | (read size; test \"$size\" -gt 4800000000)'\n",
     );
     kiln.ok(&["export", "debian-nginx", "-o", template.0.path().join("disk.qcow2").to_str().unwrap()]);
-    kiln.ok(&["bake", template.path()]);
+    kiln.ok(&["bake", template.path(), "--no-cache"]);
     kiln.ok(&["untag", "from-file:1"]);
 }

@@ -59,7 +59,7 @@ impl Kiln {
         let marker = kiln.home.join("nginx.run");
         if std::fs::read_to_string(&marker).unwrap_or_default() != run {
             let template = concat!(env!("CARGO_MANIFEST_DIR"), "/templates/debian-nginx");
-            kiln.ok(&["bake", template, "--result", kiln.home.join("nginx.json").to_str().unwrap()]);
+            kiln.ok(&["bake", template, "--no-cache", "--result", kiln.home.join("nginx.json").to_str().unwrap()]);
             std::fs::write(marker, run).unwrap();
         }
         kiln
@@ -161,6 +161,17 @@ impl Template {
     }
 }
 
+/// Gives a home a folder of the cache of the shared one.
+pub fn share(shared: &Kiln, own: &Kiln, folder: &str) {
+    std::fs::create_dir_all(own.home.join("cache")).unwrap();
+    std::os::unix::fs::symlink(shared.home.join("cache").join(folder), own.home.join("cache").join(folder)).unwrap();
+}
+
+/// A word that no earlier run has used: a step that says it is new.
+pub fn new_word() -> String {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos().to_string()
+}
+
 /// Waits until `what` holds.
 #[track_caller]
 pub fn wait_until(limit: std::time::Duration, what: impl Fn() -> bool) {
@@ -179,20 +190,10 @@ pub fn tool(program: &str, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Looks for bytes in a file.
-pub fn contains(path: &Path, needle: &[u8]) -> bool {
-    use std::io::Read as _;
-    let mut file = File::open(path).unwrap();
-    let (mut buffer, mut kept) = (vec![0; 4 << 20], Vec::new());
-    loop {
-        let read = file.read(&mut buffer).unwrap();
-        if read == 0 {
-            return false;
-        }
-        kept.extend_from_slice(&buffer[..read]);
-        if kept.windows(needle.len()).any(|window| window == needle) {
-            return true;
-        }
-        kept.drain(..kept.len().saturating_sub(needle.len()));
-    }
+/// Looks for a word in a file, however large.
+pub fn contains(path: &Path, word: &str) -> bool {
+    let status = Command::new("grep").args(["-a", "-q", "-F", "-e", word]).arg(path).status().unwrap();
+    // What another bake has put away by now holds nothing.
+    assert!(matches!(status.code(), Some(0 | 1)) || !path.exists(), "grep in {}: {status}", path.display());
+    status.success()
 }

@@ -3,7 +3,7 @@
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use crate::context::{Kiln, Ran, Template, wait_until};
+use crate::context::{Kiln, Ran, Template, share, wait_until};
 
 const LONG: Duration = Duration::from_secs(600);
 
@@ -19,8 +19,16 @@ fn nothing_left(kiln: &Kiln, name: &str) {
 /// left behind there is this test's.
 fn own_home() -> Kiln {
     let (shared, own) = (Kiln::with_nginx(), Kiln::fresh());
-    std::fs::create_dir_all(own.home.join("cache")).unwrap();
-    std::os::unix::fs::symlink(shared.home.join("cache/bases"), own.home.join("cache/bases")).unwrap();
+    share(&shared, &own, "bases");
+    own
+}
+
+/// The same, and the booted base, where the boot is not what fails.
+fn own_home_with_checkpoints() -> Kiln {
+    let (shared, own) = (Kiln::shared(), own_home());
+    for folder in ["checkpoints", "claims"] {
+        share(&shared, &own, folder);
+    }
     own
 }
 
@@ -61,7 +69,7 @@ impl Bake {
 
 #[test]
 fn a_script_that_fails_in_its_middle_names_the_line() {
-    let kiln = own_home();
+    let kiln = own_home_with_checkpoints();
     let template =
         Template::debian("middle", "[[provision]]\nname = \"broken\"\nshell = '''\necho begun\nls /does/not/exist\necho never\n'''\n");
     let ran = kiln.run(&["bake", template.path(), "--json"]);
@@ -74,7 +82,7 @@ fn a_script_that_fails_in_its_middle_names_the_line() {
 
 #[test]
 fn a_guest_that_powers_itself_off_is_told_from_one_that_panics() {
-    let kiln = own_home();
+    let kiln = own_home_with_checkpoints();
     let template = Template::debian("off", "[[provision]]\nname = \"off\"\nshell = 'systemctl poweroff --force --force; sleep 600'\n");
     kiln.run(&["bake", template.path()]).fails(1, &["powered", "step: off"]);
     let template = Template::debian(
@@ -87,7 +95,7 @@ fn a_guest_that_powers_itself_off_is_told_from_one_that_panics() {
 
 #[test]
 fn a_step_that_takes_too_long_is_ended() {
-    let kiln = own_home();
+    let kiln = own_home_with_checkpoints();
     let template = Template::debian("slow", "[[provision]]\nname = \"slow\"\ntimeout = \"5s\"\nshell = 'sleep 900'\n");
     let begun = std::time::Instant::now();
     kiln.run(&["bake", template.path()]).fails(1, &["step: slow"]);
@@ -97,7 +105,7 @@ fn a_step_that_takes_too_long_is_ended() {
 
 #[test]
 fn a_killed_qemu_is_told_and_ctrl_c_cleans_up() {
-    let kiln = own_home();
+    let kiln = own_home_with_checkpoints();
     let template = Template::debian("killed", "[[provision]]\nname = \"long\"\nshell = 'echo step runs; sleep 900'\n");
     let bake = Bake::start(&kiln, &template, &[]);
     bake.until("| step runs");
@@ -136,7 +144,7 @@ fn after_kill_9_no_qemu_survives_and_the_next_command_clears_up() {
 
 #[test]
 fn on_failure_keep_leaves_a_disk_and_says_how_to_boot_it() {
-    let kiln = own_home();
+    let kiln = own_home_with_checkpoints();
     let template = Template::debian("kept", "[[provision]]\nshell = 'echo left > /root/left; sync; false'\n");
     let ran = kiln.run(&["bake", template.path(), "--on-failure", "keep"]);
     ran.fails(1, &["qemu-system-x86_64"]);

@@ -52,11 +52,11 @@ fn the_disk_digest_is_what_an_independent_script_computes() {
 #[test]
 fn run_boots_it_and_carries_the_exit_status() {
     let kiln = Kiln::with_nginx();
-    let page = kiln.ok(&["run", "debian-nginx", "--exec", "curl -fsS http://localhost"]);
-    assert!(page.stdout.contains("Hello from a golden image"), "{page}");
-    let run = kiln.run(&["run", "debian-nginx", "--exec", "echo out; echo err >&2; cat /etc/kiln-release; exit 7"]);
+    let command = "curl -fsS http://localhost && echo out; echo err >&2; cat /etc/kiln-release; exit 7";
+    let run = kiln.run(&["run", "debian-nginx", "--exec", command]);
     assert_eq!(run.status, 7, "{run}");
-    assert!(run.stdout.contains("out\n") && run.stdout.contains("NAME=\"debian-nginx\"\nVERSION=\"1.0.0\"\n"), "{run}");
+    assert!(run.stdout.contains("Hello from a golden image") && run.stdout.contains("out\n"), "{run}");
+    assert!(run.stdout.contains("NAME=\"debian-nginx\"\nVERSION=\"1.0.0\"\n"), "{run}");
     assert!(run.stderr.contains("err"), "{run}");
     kiln.run(&["run", "no-such-image", "--exec", "true"]).fails(125, &["no image `no-such-image`"]);
     kiln.run(&["run", "debian-nginx", "--accelerator", "warp", "--exec", "true"]).fails(125, &["accelerator"]);
@@ -150,6 +150,7 @@ fn the_exported_qcow2_boots_under_plain_qemu_and_clones_differ() {
 }
 
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn clones_with_a_datasource_differ_in_machine_id_and_host_keys() {
     let kiln = Kiln::with_nginx();
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -176,7 +177,7 @@ fn a_bake_on_a_bake_stores_only_what_differs() {
         "[image]\nname = \"on-top\"\nversion = \"1\"\n[base]\nimage = \"debian-nginx:1.0.0\"\n\
          [[provision]]\nshell = 'echo on top > /var/www/html/top.txt; cat /etc/kiln-release'\n",
     );
-    let baked = kiln.ok(&["bake", template.path(), "--json"]);
+    let baked = kiln.ok(&["bake", template.path(), "--no-cache", "--json"]);
     let events = baked.events();
     let done = events.last().unwrap();
     assert_eq!((&done["event"], &done["ok"], &done["v"]), (&"done".into(), &true.into(), &1.into()), "{baked}");

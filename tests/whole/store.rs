@@ -45,6 +45,53 @@ fn import_tag_inspect_untag_prune() {
 }
 
 #[test]
+fn prune_evicts_over_the_budget_and_with_cache_all_that_nobody_uses() {
+    use kiln_model::checkpoint::{CheckpointCache as _, KeptFile, Written};
+    use kiln_model::{home::Home, key::KeyHasher};
+
+    let kiln = Kiln::fresh();
+    let cache = kiln_cache::Checkpoints::open(&Home::open(Some(kiln.home.clone())).unwrap(), Some(1 << 40)).unwrap();
+    let [idle, used] = ["idle", "used"].map(|name| {
+        let key = KeyHasher::new(name).finish();
+        let slot = cache.slot(&key, None, 1 << 20).unwrap().unwrap();
+        std::fs::write(slot.folder.join("disk"), vec![1; 1 << 20]).unwrap();
+        let file = KeptFile { name: "disk".into(), length: 0, digest: String::new() };
+        cache.commit(slot, &Written { files: vec![file], ..Written::default() }, std::time::Duration::from_secs(42)).unwrap();
+        key
+    });
+    std::fs::create_dir_all(kiln.home.join("cache/downloads")).unwrap();
+    std::fs::write(kiln.home.join("cache/downloads/sha256-ab.cd.part"), vec![1; 5000]).unwrap();
+    let freed = |arguments: &[&str]| {
+        let value = kiln.ok(&[&["prune", "--json"], arguments].concat()).json();
+        (value["cache"]["checkpoints"]["count"].as_u64().unwrap(), value["cache"]["downloads"].as_u64().unwrap() > 0, value)
+    };
+
+    assert_eq!(freed(&["--dry-run"]).0, 0, "the budget has room");
+    let config = kiln.home.join("config");
+    std::fs::create_dir_all(config.join("kiln")).unwrap();
+    std::fs::write(config.join("kiln/config.toml"), "[cache]\nbudget = \"1500KiB\"\n").unwrap();
+    let small = kiln.command(&["prune", "--dry-run"]).env("XDG_CONFIG_HOME", &config).output().unwrap();
+    assert!(String::from_utf8_lossy(&small.stdout).contains("1  checkpoints"), "{small:?}");
+
+    let in_use = cache.find(&used, None, &|warning| panic!("{warning}")).unwrap().unwrap();
+    let (count, parts, all) = freed(&["--cache", "--dry-run"]);
+    assert_eq!((count, parts), (1, true), "{all}");
+    let listed = all["checkpoints"].as_array().unwrap();
+    assert_eq!((listed.len(), &listed[0]["in_use"], &listed[1]["in_use"]), (2, &true.into(), &false.into()), "{all}");
+    assert_eq!((&listed[1]["step"], &listed[1]["worth_seconds"]), (&idle.to_string().into(), &42.0.into()), "{all}");
+    assert!(listed[1]["frees"].as_u64().unwrap() >= 1 << 20, "{all}");
+    let text = kiln.ok(&["prune", "--cache", "--dry-run"]).stdout;
+    assert!(text.contains("CHECKPOINT") && text.contains(&idle.short()) && text.contains("would free 1.0 MiB"), "{text}");
+
+    let (count, parts, all) = freed(&["--cache"]);
+    assert_eq!((count, parts, &all["checkpoints"]), (1, true, &serde_json::Value::Null), "{all}");
+    assert!(cache.peek(&idle).unwrap().is_none() && cache.peek(&used).unwrap().is_some());
+    drop(in_use);
+    assert_eq!(freed(&["--cache"]).0, 1);
+    assert_eq!(freed(&["--cache"]).0, 0);
+}
+
+#[test]
 fn verify_names_a_flipped_byte_and_the_images_it_breaks() {
     let kiln = Kiln::fresh();
     kiln.ok(&["import", disk(&kiln, 7).to_str().unwrap(), "web:1"]);

@@ -124,3 +124,83 @@ fn help_completions_and_man_pages_come_from_one_definition() {
     let doctor = kiln.ok(&["doctor", "--json"]).json();
     assert_eq!(doctor["ok"], true);
 }
+
+/// A template of three steps on an image of the store.
+fn planned(kiln: &Kiln) -> Template {
+    let disk = kiln.home.join("disk");
+    let mut bytes = vec![0; 1 << 20];
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    bytes[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 0, 0, 1, 0, 0, 0, 0, 4, 0, 0]);
+    std::fs::write(&disk, bytes).unwrap();
+    kiln.ok(&["import", disk.to_str().unwrap(), "start:1"]);
+    let template = Template::new(
+        "[image]\nname = \"web\"\nversion = \"1\"\n[base]\nimage = \"start:1\"\n\
+         [variables]\ngreeting = \"hello\"\ntoken = { env = \"TOKEN_OF_TEST\", sensitive = true }\n\
+         [[provision]]\nname = \"packages\"\nshell = 'true'\n\
+         [[provision]]\nname = \"site\"\nfile = { source = \"site/\", destination = \"/srv\" }\n\
+         [[provision]]\nname = \"license\"\nsecrets = [\"token\"]\nenv = { G = \"{{ var.greeting }}\" }\nshell = 'true'\n\
+         [[test]]\nshell = 'true'\n",
+    );
+    template.write("site/index.html", "one");
+    template
+}
+
+fn plan(kiln: &Kiln, template: &Template, more: &[&str]) -> crate::context::Ran {
+    let mut all = vec!["plan", template.path()];
+    all.extend(more);
+    let ran = crate::context::Ran::of(kiln.command(&all).env("TOKEN_OF_TEST", "s3cret-value").output().unwrap(), &all);
+    assert!(!format!("{ran}").contains("s3cret"), "{ran}");
+    ran
+}
+
+#[test]
+fn plan_says_step_by_step_what_runs_and_why_and_starts_nothing() {
+    let kiln = Kiln::fresh();
+    let template = planned(&kiln);
+    let ran = plan(&kiln, &template, &[]);
+    assert_eq!(ran.status, 0, "{ran}");
+    for text in ["web:1 on ", "packages", "site", "file", "license", "seal", "tests", "no bake of `web` is known", "boots the base"] {
+        assert!(ran.stdout.contains(text), "no {text:?} in {ran}");
+    }
+    assert!(kiln.leftovers().is_empty());
+
+    let json = plan(&kiln, &template, &["--json"]).json();
+    assert_eq!(json["name"], "web");
+    assert!(json["base"]["digest"].as_str().unwrap().starts_with("sha256:"), "{json}");
+    assert!(json["start"]["key"].is_string() && json["seal"]["key"].is_string() && json["tests"]["key"].is_string(), "{json}");
+    let steps = json["steps"].as_array().unwrap();
+    let names: Vec<_> = steps.iter().map(|step| (step["name"].as_str().unwrap(), step["kind"].as_str().unwrap())).collect();
+    assert_eq!(names, [("packages", "shell"), ("site", "file"), ("license", "shell")]);
+    assert!(steps.iter().all(|step| step["cached"] == false && step["estimate_seconds"].is_null()), "{json}");
+    assert!(json["estimate_seconds"].is_null());
+
+    // The same keys as long as nothing has changed, and others from there on.
+    let keys = |more: &[&str]| -> Vec<String> {
+        let json = plan(&kiln, &template, more).json();
+        json["steps"].as_array().unwrap().iter().map(|step| step["key"].as_str().unwrap().to_owned()).collect()
+    };
+    let first = keys(&["--json"]);
+    assert_eq!(first, keys(&["--json"]));
+    let greeted = keys(&["--json", "--var", "greeting=servus"]);
+    assert!(first[..2] == greeted[..2] && first[2] != greeted[2]);
+    template.write("site/index.html", "two");
+    let changed = keys(&["--json"]);
+    assert!(first[0] == changed[0] && first[1] != changed[1] && first[2] != changed[2]);
+}
+
+#[test]
+fn plan_and_bake_take_what_to_do_anew() {
+    let kiln = Kiln::fresh();
+    let template = planned(&kiln);
+    assert!(plan(&kiln, &template, &["--no-cache"]).stdout.contains("--no-cache"));
+    assert!(plan(&kiln, &template, &["--from", "site"]).stdout.contains("--from names it"));
+    let fresh = plan(&kiln, &template, &["--fresh"]);
+    assert!(fresh.stdout.contains("--fresh") && fresh.stdout.contains("which is fetched first"), "{fresh}");
+    plan(&kiln, &template, &["--fresh", "--from", "site"]).fails(2, &["--from"]);
+    for command in ["plan", "bake"] {
+        let ran = kiln.command(&[command, template.path(), "--from", "sites"]).env("TOKEN_OF_TEST", "s3cret-value").output().unwrap();
+        crate::context::Ran::of(ran, &[command]).fails(2, &["no step of that name", "did you mean `site`?", "packages, site, license"]);
+    }
+    kiln.run(&["plan", template.path()]).fails(2, &["token"]);
+    assert!(kiln.leftovers().is_empty());
+}

@@ -8,11 +8,11 @@
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use kiln_model::base::DiskFile;
 use kiln_model::machine::Port;
 use kiln_model::{Code, Error, Result, ResultExt as _};
 use serde_json::{Value, json};
 
+use crate::layers::Layers;
 use crate::settings::{Boot, Settings};
 
 /// Where distributions keep OVMF: code, and an empty variable store.
@@ -34,6 +34,17 @@ pub(crate) struct Ovmf {
 }
 
 impl Ovmf {
+    /// As [`Ovmf::install`], with the variables of another machine.
+    ///
+    /// # Errors
+    /// [`Code::Missing`] when it is not installed.
+    pub(crate) fn with(kept: &Path, variables: PathBuf) -> Result<Self> {
+        let ovmf = Self::install(variables)?;
+        let copy = || crate::private::write(&ovmf.variables, &std::fs::read(kept)?);
+        copy().trying(|| format!("copy {}", kept.display()))?;
+        Ok(ovmf)
+    }
+
     /// Finds OVMF and copies its variables to `variables`.
     ///
     /// # Errors
@@ -50,22 +61,29 @@ impl Ovmf {
 }
 
 /// The descriptors that QEMU inherits, by number.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Descriptors {
     pub(crate) qmp: RawFd,
     pub(crate) serial: RawFd,
     pub(crate) firmware: RawFd,
+    /// The agent's port.
+    pub(crate) agent: RawFd,
 }
+
+/// The processor that is emulated: all that TCG can, but for what only costs
+/// time under it (a fifth level of page tables).
+pub(crate) const TCG_CPU: &str = "max,la57=off";
 
 /// Everything that a machine's command line depends on.
 pub(crate) struct Shape<'a> {
     pub(crate) settings: &'a Settings,
     pub(crate) kvm: bool,
     pub(crate) ovmf: Option<&'a Ovmf>,
-    pub(crate) overlay: &'a Path,
-    pub(crate) base: &'a DiskFile,
+    pub(crate) disk: &'a Layers,
     pub(crate) credential: Option<&'a Path>,
     pub(crate) seed: Option<&'a Path>,
+    /// Whether it is to go on from a checkpoint; else it boots.
+    pub(crate) resumed: bool,
     pub(crate) ports: &'a [Port],
     pub(crate) sandbox: bool,
     pub(crate) descriptors: Descriptors,
@@ -94,7 +112,7 @@ pub(crate) fn boot(settings: &Settings, base: kiln_model::image::Firmware) -> Re
 pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     let mut arguments: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
-    let Descriptors { qmp, serial, firmware } = shape.descriptors;
+    let Descriptors { qmp, serial, firmware, agent } = shape.descriptors;
 
     let mut machine = "q35,sata=off,smbus=off,usb=off,vmport=off".to_owned();
     if shape.ovmf.is_some() {
@@ -102,9 +120,13 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     }
     add("-machine", machine);
     add("-accel", if shape.kvm { "kvm".into() } else { "tcg,thread=multi".into() });
-    add("-cpu", if shape.kvm { "host".into() } else { "max".into() });
+    add("-cpu", if shape.kvm { "host".into() } else { TCG_CPU.into() });
     add("-smp", shape.settings.cpus.to_string());
     add("-m", format!("{}M", shape.settings.memory >> 20));
+    if shape.resumed {
+        // It waits to be told where its state is, and then to go on.
+        add("-incoming", "defer".into());
+    }
     add("-display", "none".into());
     add("-rtc", "base=utc".into());
     // The disk is the only thing to start from.
@@ -115,7 +137,7 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
         add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     }
 
-    for (id, fd) in [("qmp", qmp), ("serial", serial), ("firmware", firmware)] {
+    for (id, fd) in [("qmp", qmp), ("serial", serial), ("firmware", firmware), ("agent", agent)] {
         add("-chardev", format!("socket,id={id},fd={fd}"));
     }
     add("-mon", "chardev=qmp,mode=control".into());
@@ -130,8 +152,8 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
         add("-blockdev", file_node("code", &ovmf.code, true).to_string());
         add("-blockdev", file_node("variables", &ovmf.variables, false).to_string());
     }
-    add("-blockdev", root_node(shape.overlay, shape.base).to_string());
-    add("-device", "virtio-blk-pci,drive=root,bootindex=0".into());
+    add("-blockdev", root_node(shape.disk).to_string());
+    add("-device", format!("virtio-blk-pci,drive={},bootindex=0", layer_name(shape.disk.count() - 1)));
     if let Some(seed) = shape.seed {
         add("-blockdev", file_node("seed", seed, true).to_string());
         add("-device", "virtio-blk-pci,drive=seed".into());
@@ -146,26 +168,53 @@ pub(crate) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     // Without its boot ROM, which would only be in the way.
     add("-device", "virtio-net-pci,netdev=net,romfile=".into());
 
+    // After the others, so that no guest's names for them depend on it.
+    add("-device", "virtio-serial-pci".into());
+    add("-device", format!("virtserialport,id=agent,chardev=agent,name={}", crate::agent::PORT));
+
     if let Some(credential) = shape.credential {
         // The only path outside of JSON: a comma is written twice.
         add("-smbios", format!("type=11,path={}", credential.display().to_string().replace(',', ",,")));
     }
     let mut all = vec!["-nodefaults".to_owned(), "-no-user-config".to_owned()];
+    if shape.resumed {
+        all.push("-S".to_owned());
+    }
     all.extend(arguments);
     all
 }
 
-/// The root disk. Nothing of it has to survive a power cut of the host, so that
-/// the guest's flushes cost nothing; closing it cleanly still writes it whole.
-fn root_node(overlay: &Path, base: &DiskFile) -> Value {
+/// The root disk, layer on layer. Nothing of it has to survive a power cut of
+/// the host, so that the guest's flushes cost nothing; closing it cleanly still
+/// writes it whole.
+fn root_node(disk: &Layers) -> Value {
+    let base = disk.base();
+    let mut node = json!({
+        "driver": base.format.name(), "read-only": true,
+        "file": { "driver": "file", "filename": base.path, "read-only": true },
+    });
+    let paths = disk.paths();
+    for (layer, path) in paths.iter().enumerate() {
+        let top = layer + 1 == paths.len();
+        let mut next = layer_node(layer, path, !top);
+        next["backing"] = node;
+        node = next;
+    }
+    node
+}
+
+/// The name of a layer's node.
+pub(crate) fn layer_name(layer: usize) -> String {
+    format!("layer-{layer}")
+}
+
+/// A layer as QEMU is to open it, but for what it lies on.
+pub(crate) fn layer_node(layer: usize, path: &Path, read_only: bool) -> Value {
     let cache = json!({ "direct": false, "no-flush": true });
     json!({
-        "node-name": "root", "driver": "qcow2", "discard": "unmap", "detect-zeroes": "unmap", "cache": cache,
-        "file": { "driver": "file", "filename": overlay, "discard": "unmap", "cache": cache },
-        "backing": {
-            "driver": base.format.name(), "read-only": true,
-            "file": { "driver": "file", "filename": base.path, "read-only": true },
-        },
+        "node-name": layer_name(layer), "driver": "qcow2", "read-only": read_only, "discard": "unmap",
+        "detect-zeroes": "unmap", "cache": cache,
+        "file": { "driver": "file", "filename": path, "discard": "unmap", "cache": cache },
     })
 }
 
@@ -185,7 +234,7 @@ pub(crate) fn ssh_port(usernet: &str, others: &[Port]) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
-    use kiln_model::base::DiskFormat;
+    use kiln_model::base::{DiskFile, DiskFormat};
     use kiln_model::image::Firmware;
 
     use super::*;
@@ -194,17 +243,18 @@ mod tests {
     fn the_command_line() {
         let settings = Settings { memory: 2 << 30, cpus: 3, ..Settings::default() };
         let base = DiskFile { path: "/b,a\"se".into(), format: DiskFormat::Raw, size: 1 };
+        let disk = Layers::existing(&base, Path::new("/w,ork"), 1);
         let shape = Shape {
             settings: &settings,
             kvm: false,
             ovmf: None,
-            overlay: Path::new("/w,ork/o"),
-            base: &base,
+            disk: &disk,
             credential: Some(Path::new("/w,ork/c")),
             seed: None,
+            resumed: false,
             ports: &[Port { host: 8080, guest: 80 }],
             sandbox: true,
-            descriptors: Descriptors { qmp: 7, serial: 8, firmware: 9 },
+            descriptors: Descriptors { qmp: 7, serial: 8, firmware: 9, agent: 10 },
         };
         let line = arguments(&shape).join(" ");
         assert!(line.contains("-smbios type=11,path=/w,,ork/c"), "{line}");

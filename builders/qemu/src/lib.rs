@@ -33,11 +33,14 @@
 //! not passed on while it ran.
 
 mod accelerator;
+mod agent;
 pub mod base;
+mod checkpoint;
 mod command;
 mod console;
 pub mod doctor;
 mod kept;
+mod layers;
 mod machine;
 mod private;
 mod qmp;
@@ -72,17 +75,20 @@ impl Builder for QemuBuilder {
         "qemu"
     }
 
-    /// None: memory is not kept yet.
-    async fn memory_key(&self, _: &Key) -> Result<Option<Key>> {
-        Ok(None)
+    fn memory(&self) -> u64 {
+        self.settings.memory
+    }
+
+    async fn memory_key(&self, step: &Key, base: &Base, context: &Context) -> Result<Option<Key>> {
+        self.shape_key(step, base, context).await
     }
 
     async fn start(&self, base: &Base, start: &Start, context: &Context) -> Result<Box<dyn Machine>> {
         Ok(Box::new(self.start_machine(base, start, context).await?))
     }
 
-    /// None: checkpoints are not kept yet.
-    async fn resume(&self, _: &Base, _: &Checkpoint, _: &Start, _: &Context) -> Result<Option<Box<dyn Machine>>> {
-        Ok(None)
+    async fn resume(&self, base: &Base, checkpoint: &Checkpoint, start: &Start, context: &Context) -> Result<Option<Box<dyn Machine>>> {
+        let machine = self.resume_machine(base, checkpoint, start, context).await?;
+        Ok(machine.map(|machine| Box::new(machine) as Box<dyn Machine>))
     }
 }

@@ -9,7 +9,7 @@ use kiln_disk::files::DiskFiles;
 use kiln_disk::overlay::OverlayDisk;
 use kiln_model::base::DiskFile;
 use kiln_model::block::BlockSource;
-use kiln_model::checkpoint::{Checkpoint, Slot};
+use kiln_model::checkpoint::{Slot, Written};
 use kiln_model::cleanup::Scope;
 use kiln_model::guest::{Command, Guest};
 use kiln_model::machine::{Context, Files, Machine, Stopped};
@@ -17,7 +17,9 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use kiln_ssh::SshGuest;
 use serde_json::Value;
 
+use crate::agent::AgentGuest;
 use crate::kept::Shown;
+use crate::layers::Layers;
 use crate::vm::{End, Vm};
 
 /// Asks the guest to power off. The first one that is there does it; none of
@@ -33,8 +35,13 @@ const SYNCING: Duration = Duration::from_secs(60);
 /// A running machine.
 pub(crate) struct QemuMachine {
     pub(crate) vm: Vm,
-    pub(crate) guest: Arc<SshGuest>,
-    pub(crate) disk: DiskFile,
+    pub(crate) ssh: Arc<SshGuest>,
+    /// The faster way to the same guest, where checkpoints are wanted and it
+    /// can have the agent.
+    pub(crate) agent: Option<Arc<AgentGuest>>,
+    pub(crate) layers: Layers,
+    /// cloud-init's instance id.
+    pub(crate) instance: String,
     /// A folder of this machine's own.
     pub(crate) folder: PathBuf,
     pub(crate) context: Context,
@@ -44,7 +51,10 @@ pub(crate) struct QemuMachine {
 #[async_trait]
 impl Machine for QemuMachine {
     fn guest(&self) -> Arc<dyn Guest> {
-        self.guest.clone()
+        match &self.agent {
+            Some(agent) => agent.clone(),
+            None => self.ssh.clone(),
+        }
     }
 
     async fn ended(&self) -> Error {
@@ -52,9 +62,12 @@ impl Machine for QemuMachine {
         self.vm.unexpected(end).await
     }
 
-    /// Keeps none yet.
-    async fn checkpoint(&mut self, _: &Slot) -> Result<Option<Checkpoint>> {
-        Ok(None)
+    async fn checkpoint(&mut self, slot: &Slot) -> Result<Option<Written>> {
+        self.keep_in(slot).await.map(Some)
+    }
+
+    fn checkpoint_size(&self) -> Option<u64> {
+        Some(self.kept_size())
     }
 
     async fn explain(&self, error: Error) -> Error {
@@ -73,7 +86,7 @@ impl Machine for QemuMachine {
         match ended {
             Ok(End::PoweredOff) => {
                 self.vm.quit().await?;
-                Ok(Box::new(QemuStopped { disk: self.disk, folder: self.folder, scope: self.context.scope.clone() }))
+                Ok(Box::new(QemuStopped { layers: self.layers, folder: self.folder, scope: self.context.scope.clone() }))
             }
             Ok(end) => {
                 let error = self.vm.unexpected(end).await;
@@ -94,12 +107,13 @@ impl Machine for QemuMachine {
     /// Keeps the *disk*: the machine itself ends with kiln, as nothing may
     /// outlive it unseen. Gives the commands that boot the disk and log in.
     async fn keep(self: Box<Self>) -> Result<String> {
-        let Self { vm, guest, disk, context, shown, folder: _ } = *self;
+        let guest = self.guest();
+        let Self { vm, layers, context, shown, .. } = *self;
         // A guest that no longer answers is kept as it is.
         let _ = guest.execute(&Command::new("sync").timeout(SYNCING), &mut |_, _| {}).await;
         let _ = vm.qmp.execute("stop", Value::Null).await;
         vm.quit().await?;
-        shown.keep(&disk, &context).await
+        shown.keep(&layers.top(), &context).await
     }
 }
 
@@ -109,7 +123,7 @@ impl QemuMachine {
     /// Asks the guest to power off, by every way there is; its end is told by
     /// an event, not by this.
     async fn power_off(&self) -> Never {
-        let asked = self.guest.execute(&Command::new(POWER_OFF).timeout(ASKING), &mut |_, _| {}).await;
+        let asked = self.guest().execute(&Command::new(POWER_OFF).timeout(ASKING), &mut |_, _| {}).await;
         if !asked.is_ok_and(|exit| exit.success()) {
             // The connection may be gone because the guest is going; pressing
             // its power button then does no harm.
@@ -121,16 +135,17 @@ impl QemuMachine {
 
 /// A machine that has stopped: its disk.
 struct QemuStopped {
-    disk: DiskFile,
+    layers: Layers,
     folder: PathBuf,
     scope: Arc<Scope>,
 }
 
 impl QemuStopped {
     async fn open(&self) -> Result<OverlayDisk> {
-        let (disk, folder, scope) = (self.disk.clone(), self.folder.clone(), self.scope.clone());
-        // The machine's own layer is the top one; below it lies the base.
-        let open = move || OverlayDisk::open(&disk, 1, &folder, Some(&scope));
+        let (disk, folder, scope) = (self.layers.top(), self.folder.clone(), self.scope.clone());
+        // Below the machine's own layers lies the base.
+        let own = u32::try_from(self.layers.count()).unwrap_or(u32::MAX);
+        let open = move || OverlayDisk::open(&disk, own, &folder, Some(&scope));
         tokio::task::spawn_blocking(open).await.trying(|| "open the stopped disk".into())?
     }
 }
@@ -149,6 +164,6 @@ impl Stopped for QemuStopped {
     }
 
     fn disk(&self) -> DiskFile {
-        self.disk.clone()
+        self.layers.top()
     }
 }

@@ -8,11 +8,14 @@
 //! could be too long, and nothing to wait for.
 
 use std::collections::HashMap;
+use std::io::IoSlice;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -96,6 +99,18 @@ impl Qmp {
     /// [`Code::MachineEnded`] when QEMU is gone, [`Code::Timeout`] when it does
     /// not answer, [`Code::Failed`] with QEMU's words when it refuses.
     pub(crate) async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.send(command, arguments, None).await
+    }
+
+    /// Gives QEMU a descriptor (`getfd`), which a later command may name.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub(crate) async fn pass(&self, name: &str, descriptor: OwnedFd) -> Result<()> {
+        self.send("getfd", json!({ "fdname": name }), Some(descriptor)).await.map(|_| ())
+    }
+
+    async fn send(&self, command: &str, arguments: Value, descriptor: Option<OwnedFd>) -> Result<Value> {
         let (tell, answer) = oneshot::channel();
         let id = {
             let mut state = lock(&self.state);
@@ -112,7 +127,15 @@ impl Qmp {
         line.push('\n');
         // Whole lines only: a dropped future must not leave half of one.
         let writer = self.writer.clone();
-        let written = tokio::spawn(async move { writer.lock().await.write_all(line.as_bytes()).await }).await;
+        let written = tokio::spawn(async move {
+            let mut writer = writer.lock().await;
+            let sent = match &descriptor {
+                None => 0,
+                Some(descriptor) => send_with(writer.as_ref(), line.as_bytes(), descriptor).await?,
+            };
+            writer.write_all(&line.as_bytes()[sent..]).await
+        })
+        .await;
         if !matches!(written, Ok(Ok(()))) {
             return Err(gone());
         }
@@ -132,6 +155,19 @@ impl Qmp {
         let answer = self.execute("human-monitor-command", json!({ "command-line": line })).await?;
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
+}
+
+/// Sends the first bytes with a descriptor beside them (unix(7), `SCM_RIGHTS`);
+/// gives how many those were.
+async fn send_with(stream: &UnixStream, bytes: &[u8], descriptor: &OwnedFd) -> std::io::Result<usize> {
+    let work = || {
+        let descriptors = [descriptor.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        beside.push(SendAncillaryMessage::ScmRights(&descriptors));
+        Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut beside, SendFlags::NOSIGNAL)?)
+    };
+    stream.async_io(tokio::io::Interest::WRITABLE, work).await
 }
 
 async fn read(reader: OwnedReadHalf, state: Arc<Mutex<State>>, events: mpsc::UnboundedSender<Event>, greeted: oneshot::Sender<()>) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kiln_disk::gpt::{self, Grown};
 use kiln_disk::nbd::{Access, Export};
-use kiln_disk::{process, qemu_img};
+use kiln_disk::process;
 use kiln_model::base::{Base, DiskFile};
 use kiln_model::guest::{Command, Guest, GuestExt as _};
 use kiln_model::machine::{Context, Start};
@@ -15,8 +15,10 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use kiln_ssh::{Keys, SshGuest, Target};
 
 use crate::accelerator::Chosen;
+use crate::agent::AgentGuest;
 use crate::command::{self, Descriptors, Ovmf, Shape};
 use crate::kept::Shown;
+use crate::layers::Layers;
 use crate::machine::QemuMachine;
 use crate::settings::Boot;
 use crate::vm::{End, Surroundings, Vm};
@@ -31,6 +33,21 @@ const GROWING: Duration = Duration::from_secs(600);
 /// The only login that is used.
 const USER: &str = "root";
 
+/// A machine's own UEFI variables, in its folder.
+pub(crate) const EFI_VARIABLES: &str = "efi-variables.fd";
+
+/// What a machine is started with: files in a folder of its own, and its keys.
+pub(crate) struct Body {
+    pub(crate) folder: PathBuf,
+    pub(crate) layers: Layers,
+    pub(crate) ovmf: Option<Ovmf>,
+    /// cloud-init's instance id.
+    pub(crate) instance: String,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) credential: Option<PathBuf>,
+    pub(crate) seed: Option<PathBuf>,
+}
+
 impl QemuBuilder {
     /// What accelerates this builder's machines; chosen, and told, once.
     pub(crate) async fn accelerator(&self, context: &Context) -> Result<&Chosen> {
@@ -42,19 +59,33 @@ impl QemuBuilder {
         self.chosen.get_or_try_init(choose).await
     }
 
+    /// Boots a fresh machine from `base`.
     pub(crate) async fn start_machine(&self, base: &Base, start: &Start, context: &Context) -> Result<QemuMachine> {
-        self.check(base)?;
-        let chosen = self.accelerator(context).await?;
+        let base = &self.check(base)?;
         let boot = command::boot(&self.settings, base.firmware)?;
         let folder = machine_folder(&context.work)?;
-
         let size = start.disk_size.unwrap_or(base.disk.size);
-        let disk = qemu_img::create_overlay(&base.disk, &folder.join("disk.qcow2"), size).await?;
+        let layers = Layers::create(&base.disk, &folder, size).await?;
         if size > base.disk.size {
-            grow_partition(&disk, &folder, context).await?;
+            grow_partition(&layers.top(), &folder, context).await?;
         }
-        let keys = Arc::new(Keys::generate()?);
+        let ovmf = (boot == Boot::Uefi).then(|| Ovmf::install(folder.join(EFI_VARIABLES))).transpose()?;
         let instance = format!("kiln-{}", context.bake.to_ascii_lowercase());
+        let body = self.body(base, start, folder, layers, ovmf, instance)?;
+        self.boot(body, start, context).await
+    }
+
+    /// Makes a machine's keys, and the ways in that carry them.
+    pub(crate) fn body(
+        &self,
+        base: &Base,
+        start: &Start,
+        folder: PathBuf,
+        layers: Layers,
+        ovmf: Option<Ovmf>,
+        instance: String,
+    ) -> Result<Body> {
+        let keys = Arc::new(Keys::generate()?);
         let ways = ways_in::ways(&keys, base.credentials, start.user_data.as_deref(), &instance)?;
         let write = |name: &str, bytes: &[u8]| {
             let path = folder.join(name);
@@ -62,45 +93,16 @@ impl QemuBuilder {
         };
         let credential = ways.credential.map(|text| write("credential", text.as_bytes())).transpose()?;
         let seed = ways.seed.map(|bytes| write("seed.img", &bytes)).transpose()?;
-        let ovmf = (boot == Boot::Uefi).then(|| Ovmf::install(folder.join("efi-variables.fd"))).transpose()?;
+        Ok(Body { folder, layers, ovmf, instance, keys, credential, seed })
+    }
 
-        let shape = Shape {
-            settings: &self.settings,
-            kvm: chosen.kvm,
-            ovmf: ovmf.as_ref(),
-            overlay: &disk.path,
-            base: &base.disk,
-            credential: credential.as_deref(),
-            seed: seed.as_deref(),
-            ports: &start.ports,
-            sandbox: true,
-            descriptors: Descriptors { qmp: 0, serial: 0, firmware: 0 },
-        };
-        let around = Surroundings {
-            scope: context.scope.clone(),
-            redactor: context.reports.redactor().clone(),
-            diagnostics: self.diagnostics.clone(),
-            name: context.bake.clone(),
-        };
-        let vm = Vm::start(shape, around).await?;
+    /// Starts a machine on its layers and waits until its guest answers.
+    pub(crate) async fn boot(&self, body: Body, start: &Start, context: &Context) -> Result<QemuMachine> {
+        let vm = self.launch(&body, false, start, context).await?;
+        let chosen = self.accelerator(context).await?;
         let limit = self.settings.boot_timeout.unwrap_or_else(|| chosen.boot_timeout());
-        match reach(&vm, &keys, &folder, start, limit).await {
-            Ok(guest) => Ok(QemuMachine {
-                vm,
-                guest,
-                shown: Shown {
-                    settings: self.settings.clone(),
-                    kvm: chosen.kvm,
-                    uefi: boot == Boot::Uefi,
-                    folder: self.kept.join(&context.bake),
-                    keys,
-                    credential,
-                    seed,
-                },
-                disk,
-                folder,
-                context: context.clone(),
-            }),
+        match reach(&vm, &body, start, limit, context).await {
+            Ok((ssh, agent)) => Ok(self.machine(vm, body, chosen, ssh, agent, context)),
             Err(error) => {
                 vm.kill().await;
                 Err(error)
@@ -108,7 +110,54 @@ impl QemuBuilder {
         }
     }
 
-    fn check(&self, base: &Base) -> Result<()> {
+    /// Starts QEMU; a machine that is `resumed` waits for its devices' state.
+    pub(crate) async fn launch(&self, body: &Body, resumed: bool, start: &Start, context: &Context) -> Result<Vm> {
+        let shape = Shape {
+            settings: &self.settings,
+            kvm: self.accelerator(context).await?.kvm,
+            ovmf: body.ovmf.as_ref(),
+            disk: &body.layers,
+            credential: body.credential.as_deref(),
+            seed: body.seed.as_deref(),
+            resumed,
+            ports: &start.ports,
+            sandbox: true,
+            descriptors: Descriptors::default(),
+        };
+        let around = Surroundings {
+            scope: context.scope.clone(),
+            redactor: context.reports.redactor().clone(),
+            diagnostics: self.diagnostics.clone(),
+            name: context.bake.clone(),
+        };
+        Vm::start(shape, around).await
+    }
+
+    pub(crate) fn machine(
+        &self,
+        vm: Vm,
+        body: Body,
+        chosen: &Chosen,
+        ssh: Arc<SshGuest>,
+        agent: Option<Arc<AgentGuest>>,
+        context: &Context,
+    ) -> QemuMachine {
+        let Body { folder, layers, ovmf, instance, keys, credential, seed } = body;
+        let shown = Shown {
+            settings: self.settings.clone(),
+            kvm: chosen.kvm,
+            uefi: ovmf.is_some(),
+            folder: self.kept.join(&context.bake),
+            keys,
+            credential,
+            seed,
+        };
+        QemuMachine { vm, ssh, agent, layers, instance, folder, context: context.clone(), shown }
+    }
+
+    /// Whether this builder can start `base` at all; gives it with its disk by
+    /// the one path that is the same whichever way leads to it.
+    pub(crate) fn check(&self, base: &Base) -> Result<Base> {
         if base.architecture != "amd64" {
             let error = Error::new(Code::Base, format!("the base is for {}, and this builder runs amd64 only", base.architecture));
             return Err(error.next("use a base for amd64"));
@@ -121,16 +170,29 @@ impl QemuBuilder {
                 None => error.next("correct `binary` in [builder.qemu]"),
             });
         }
-        Ok(())
+        let path = std::fs::canonicalize(&base.disk.path).trying(|| format!("find {}", base.disk.path.display()))?;
+        Ok(Base { disk: DiskFile { path, ..base.disk.clone() }, ..base.clone() })
     }
 }
 
-/// Waits for the guest, and makes its root as large as its disk.
-async fn reach(vm: &Vm, keys: &Arc<Keys>, folder: &Path, start: &Start, limit: Duration) -> Result<Arc<SshGuest>> {
+/// Where the guest's sshd is.
+pub(crate) async fn target(vm: &Vm, body: &Body, start: &Start) -> Result<Target> {
     let usernet = vm.qmp.monitor("info usernet").await?;
     let port = command::ssh_port(&usernet, &start.ports)
         .ok_or_else(|| Error::new(Code::Failed, "QEMU does not tell which port leads to the guest").detail(usernet))?;
-    let target = Target { host: "127.0.0.1".into(), port, user: USER.into(), keys: keys.clone(), folder: folder.to_owned() };
+    Ok(Target { host: "127.0.0.1".into(), port, user: USER.into(), keys: body.keys.clone(), folder: body.folder.clone() })
+}
+
+/// Waits for the guest, puts the agent into it where checkpoints are wanted,
+/// and makes its root as large as its disk.
+async fn reach(
+    vm: &Vm,
+    body: &Body,
+    start: &Start,
+    limit: Duration,
+    context: &Context,
+) -> Result<(Arc<SshGuest>, Option<Arc<AgentGuest>>)> {
+    let target = target(vm, body, start).await?;
     let guest = tokio::select! {
         guest = kiln_ssh::connect(target, limit) => match guest {
             Ok(guest) => guest,
@@ -149,13 +211,33 @@ async fn reach(vm: &Vm, keys: &Arc<Keys>, folder: &Path, start: &Start, limit: D
             });
         }
     };
-    if start.disk_size.is_some() {
-        tokio::select! {
-            grown = grow_root(&*guest) => grown?,
-            end = vm.end() => return Err(vm.unexpected(end).await),
+    let prepared = async {
+        let port = if start.checkpoints { vm.take_agent() } else { None };
+        let agent = match port {
+            Some(port) => AgentGuest::bring(port, &guest).await.map(Some),
+            None => Ok(None),
+        };
+        let agent = agent.unwrap_or_else(|error| {
+            context.reports.note(format!("checkpoints of this machine hold its disk alone: {}", error.chain()));
+            None
+        });
+        let way: &dyn Guest = match &agent {
+            Some(agent) => {
+                // A session would be in every checkpoint's memory.
+                guest.close().await;
+                &**agent
+            }
+            None => &*guest,
+        };
+        if start.disk_size.is_some() {
+            grow_root(way).await?;
         }
+        Ok(agent)
+    };
+    tokio::select! {
+        agent = prepared => Ok((guest, agent?)),
+        end = vm.end() => Err(vm.unexpected(end).await),
     }
-    Ok(guest)
 }
 
 async fn grow_root(guest: &dyn Guest) -> Result<()> {
@@ -170,7 +252,7 @@ async fn grow_root(guest: &dyn Guest) -> Result<()> {
 }
 
 /// A folder for one machine of a bake: there may be several.
-fn machine_folder(work: &Path) -> Result<PathBuf> {
+pub(crate) fn machine_folder(work: &Path) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let folder = work.join(format!("machine-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
     let folder = std::path::absolute(&folder).trying(|| format!("find {}", folder.display()))?;

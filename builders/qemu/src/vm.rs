@@ -2,18 +2,19 @@
 
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_disk::process::{self, Child};
 use kiln_model::cleanup::{Scope, Ticket};
 use kiln_model::secret::Redactor;
 use kiln_model::{Code, Error, Result, ResultExt as _};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
+use crate::agent::Port;
 use crate::command::{self, Descriptors, Shape};
 use crate::console::{Console, PANIC};
 use crate::qmp::{Event, Qmp};
@@ -21,6 +22,19 @@ use crate::screenshot;
 
 /// How long QEMU may take to write what it holds and leave.
 const CLOSING: Duration = Duration::from_secs(120);
+
+/// How long writing or reading a machine's state may take: gigabytes on a slow
+/// disk.
+const MIGRATING: Duration = Duration::from_secs(600);
+
+/// How long QEMU may take to put away what a migration took.
+const FINISHING: Duration = Duration::from_secs(60);
+
+/// QEMU's limit of a migration's speed, in bytes per second: none.
+const UNLIMITED: u64 = 1 << 40;
+
+/// What QEMU calls the file of that state.
+const STATE: &str = "state";
 
 /// How long a screenshot may take, of a QEMU that may be in trouble.
 const PICTURE: Duration = Duration::from_secs(10);
@@ -58,6 +72,9 @@ pub(crate) struct Vm {
     console: Console,
     firmware: Console,
     end: watch::Receiver<Option<End>>,
+    /// Status of the newest migration, as its events tell.
+    migration: watch::Receiver<String>,
+    agent: Mutex<Option<Port>>,
     redactor: Redactor,
     diagnostics: PathBuf,
     name: String,
@@ -93,8 +110,15 @@ impl Vm {
     async fn launch(shape: &Shape<'_>, around: &Surroundings) -> Result<Self> {
         let pair = || UnixStream::pair().trying(|| "make a connection to QEMU".into());
         let ((qmp, qmp_end), (serial, serial_end), (firmware, firmware_end)) = (pair()?, pair()?, pair()?);
-        let inherit: Vec<OwnedFd> = [qmp_end, serial_end, firmware_end].map(OwnedFd::from).into();
-        let descriptors = Descriptors { qmp: inherit[0].as_raw_fd(), serial: inherit[1].as_raw_fd(), firmware: inherit[2].as_raw_fd() };
+        let (agent, agent_end) = pair()?;
+        let [qmp_end, serial_end, firmware_end, agent_end] = [qmp_end, serial_end, firmware_end, agent_end].map(OwnedFd::from);
+        let descriptors = Descriptors {
+            qmp: qmp_end.as_raw_fd(),
+            serial: serial_end.as_raw_fd(),
+            firmware: firmware_end.as_raw_fd(),
+            agent: agent_end.as_raw_fd(),
+        };
+        let inherit = vec![qmp_end, serial_end, firmware_end, agent_end];
         let mut command = Command::new(&shape.settings.binary);
         command.args(command::arguments(&Shape { descriptors, ..*shape }));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -110,6 +134,9 @@ impl Vm {
             }
         };
         let (tell, end) = watch::channel(None);
+        let (tell_migration, migration) = watch::channel(String::new());
+        let (tell_closing, closings) = watch::channel(0);
+        let tell = Tell { end: tell, migration: tell_migration, closing: tell_closing };
         tokio::spawn(watch_over(events, child.clone(), console.clone(), firmware.clone(), tell));
         let Surroundings { scope, redactor, diagnostics, name } = around;
         Ok(Self {
@@ -120,6 +147,8 @@ impl Vm {
             console,
             firmware,
             end,
+            migration,
+            agent: Mutex::new(Some(Port { stream: agent, closings })),
             redactor: redactor.clone(),
             diagnostics: diagnostics.clone(),
             name: name.clone(),
@@ -177,6 +206,117 @@ impl Vm {
         }
     }
 
+    /// Bytes of this machine's memory that QEMU has in use, those of the guest
+    /// above all.
+    pub(crate) fn resident(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/statm", self.child.pid())).unwrap_or_default();
+        let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or_default();
+        pages * rustix::param::page_size() as u64
+    }
+
+    /// The host's end of the agent's port; once.
+    pub(crate) fn take_agent(&self) -> Option<Port> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Lets no processor of the guest run.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub(crate) async fn pause(&self) -> Result<()> {
+        self.qmp.execute("stop", Value::Null).await.map(|_| ())
+    }
+
+    /// Lets them run again.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub(crate) async fn go_on(&self) -> Result<()> {
+        self.qmp.execute("cont", Value::Null).await.map(|_| ())
+    }
+
+    /// Puts the empty layer at `path` on the disk of a paused machine. What was
+    /// the top is whole in its file then, and is never written to again.
+    ///
+    /// # Errors
+    /// When QEMU cannot open or use it.
+    pub(crate) async fn freeze_disk(&self, layer: usize, path: &Path) -> Result<()> {
+        let mut node = command::layer_node(layer, path, false);
+        node["backing"] = Value::Null;
+        self.qmp.execute("blockdev-add", node).await?;
+        let arguments = json!({ "node": command::layer_name(layer - 1), "overlay": command::layer_name(layer) });
+        self.qmp.execute("blockdev-snapshot", arguments).await.map(|_| ())
+    }
+
+    /// Writes the state of a paused machine, its memory and its devices, to
+    /// `file`. Pages of zeros take no room in it.
+    ///
+    /// # Errors
+    /// When QEMU cannot write it.
+    pub(crate) async fn save_state(&self, file: OwnedFd) -> Result<()> {
+        self.prepare_migration().await?;
+        self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": UNLIMITED })).await?;
+        self.qmp.pass(STATE, file).await?;
+        self.migrate("migrate", json!({ "uri": format!("fd:{STATE}") })).await.trying(|| "save the machine's state".into())
+    }
+
+    /// Reads the state that [`Vm::save_state`] wrote, of a machine that was
+    /// started for it. It stays paused.
+    ///
+    /// # Errors
+    /// When QEMU cannot use it.
+    pub(crate) async fn load_state(&self, file: OwnedFd) -> Result<()> {
+        self.prepare_migration().await?;
+        self.qmp.pass(STATE, file).await?;
+        self.migrate("migrate-incoming", json!({ "uri": format!("fd:{STATE}") })).await.trying(|| "load the machine's state".into())
+    }
+
+    /// Has events tell how a migration goes.
+    async fn prepare_migration(&self) -> Result<()> {
+        let capabilities = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.qmp.execute("migrate-set-capabilities", capabilities).await.map(|_| ())
+    }
+
+    /// Begins a migration and waits for its end.
+    async fn migrate(&self, command: &str, arguments: Value) -> Result<()> {
+        let mut migration = self.migration.clone();
+        migration.mark_unchanged();
+        self.qmp.execute(command, arguments).await?;
+        let ended = async {
+            // What an earlier one ended with counts for nothing.
+            while migration.changed().await.is_ok() {
+                let status = migration.borrow_and_update().clone();
+                if matches!(status.as_str(), "completed" | "failed" | "cancelled") {
+                    return status;
+                }
+            }
+            "ended with QEMU".to_owned()
+        };
+        let status = match tokio::time::timeout(MIGRATING, ended).await {
+            Ok(status) if status == "completed" => return self.finish_migration().await,
+            Ok(status) => status,
+            Err(_) => format!("took over {} s", MIGRATING.as_secs()),
+        };
+        Err(Error::new(Code::Failed, format!("QEMU's migration {status}")).detail(self.child.stderr_tail()))
+    }
+
+    /// Waits until QEMU has put away what a migration took: it tells of the end
+    /// before, and until then refuses to go on. No event tells of this.
+    async fn finish_migration(&self) -> Result<()> {
+        const PAUSE: Duration = Duration::from_millis(2);
+        let end = tokio::time::Instant::now() + FINISHING;
+        loop {
+            let answer = self.qmp.execute("query-status", Value::Null).await?;
+            match answer["status"].as_str().unwrap_or_default() {
+                "finish-migrate" | "inmigrate" if tokio::time::Instant::now() < end => tokio::time::sleep(PAUSE).await,
+                "finish-migrate" | "inmigrate" => {
+                    return Err(Error::new(Code::Timeout, format!("QEMU's migration did not end within {} s", FINISHING.as_secs())));
+                }
+                _ => return Ok(()),
+            }
+        }
+    }
+
     /// Ends QEMU so that its disk is whole.
     ///
     /// # Errors
@@ -207,19 +347,20 @@ impl Vm {
     }
 }
 
+/// Where it is told what becomes of a machine.
+struct Tell {
+    end: watch::Sender<Option<End>>,
+    migration: watch::Sender<String>,
+    closing: watch::Sender<u32>,
+}
+
 /// Follows a machine until QEMU has ended; the first reason counts.
-async fn watch_over(
-    mut events: mpsc::UnboundedReceiver<Event>,
-    child: Child,
-    console: Console,
-    firmware: Console,
-    tell: watch::Sender<Option<End>>,
-) {
+async fn watch_over(mut events: mpsc::UnboundedReceiver<Event>, child: Child, console: Console, firmware: Console, tell: Tell) {
     let first = |end| {
-        tell.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
+        tell.end.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
     };
     loop {
-        let told = tell.borrow().is_some();
+        let told = tell.end.borrow().is_some();
         let event = tokio::select! {
             event = events.recv() => event,
             meaning = console.hopeless(), if !told => { first(hopeless(meaning)); continue }
@@ -227,6 +368,15 @@ async fn watch_over(
         };
         match event {
             None => break,
+            Some(event) if event.name == "MIGRATION" => {
+                tell.migration.send_replace(event.data["status"].as_str().unwrap_or_default().to_owned());
+            }
+            // The only port whose other end tells.
+            Some(event) if event.name == "VSERPORT_CHANGE" => {
+                if event.data["open"] == false {
+                    tell.closing.send_modify(|count| *count += 1);
+                }
+            }
             Some(event) => {
                 if let Some(end) = meaning(&event) {
                     first(end);
@@ -271,8 +421,6 @@ fn taken_port(error: Error, shape: &Shape<'_>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

@@ -49,6 +49,17 @@ pub(crate) fn credential(keys: &Keys) -> String {
     format!("io.systemd.credential.binary:tmpfiles.extra={}", base64(&lines))
 }
 
+/// The same files, for a guest that runs already: path, mode and bytes. Holds
+/// a private key.
+pub(crate) fn files(keys: &Keys) -> Vec<(String, u32, Vec<u8>)> {
+    let file = |path: &str, mode, text: &str| (path.to_owned(), mode, text.as_bytes().to_vec());
+    vec![
+        file(AUTHORIZED_KEYS, 0o644, &line(keys.client_public())),
+        file(HOST_KEY, 0o600, keys.host_private_openssh()),
+        file(SSHD_DROP_IN, 0o644, SSHD),
+    ]
+}
+
 /// The commands that write the same files, for a POSIX shell. Holds a private key.
 fn script(keys: &Keys) -> String {
     let mut script = "umask 022\nmkdir -p /run/kiln /etc/ssh/sshd_config.d\nchmod 755 /run/kiln\n".to_owned();

@@ -1,23 +1,28 @@
-//! The bake, from top to bottom in one function.
+//! The bake, from top to bottom in one function; and the first half of it, for
+//! who wants the machine and no image.
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_model::base::Base;
 use kiln_model::block::ImageSink;
+use kiln_model::checkpoint::{Checkpoint, CheckpointCache, Hold};
 use kiln_model::event::{Baked, Event, Phase, StepReport};
 use kiln_model::guest::SshAccess;
+use kiln_model::history::{History, Record, StepRecord};
 use kiln_model::image::{self, Config, DiskConfig, DiskRecord, StepConfig};
 use kiln_model::machine::{Context, Machine, Start, Stopped};
-use kiln_model::{Code, Error, Result};
+use kiln_model::{Code, Error, Key, Result};
 
+use crate::keep::{self, Keeper};
 use crate::plan::Plan;
+use crate::resume::{Decision, Earlier, Point, Reuse};
 use crate::seal::{self, Seal, Traces};
-use crate::step;
 use crate::template::Template;
+use crate::{explain, resume, step};
 
 /// What to do with the machine when a step fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,8 +41,8 @@ pub type OpenShell<'a> = &'a (dyn Fn(SshAccess) -> Pin<Box<dyn Future<Output = R
 
 /// How to bake.
 pub struct Options<'a> {
-    /// Get the base anew.
-    pub fresh: bool,
+    /// What to do anew.
+    pub resume: resume::Options,
     /// Run the template's tests.
     pub test: bool,
     /// What to do with the machine when a step fails.
@@ -46,14 +51,29 @@ pub struct Options<'a> {
     pub open_shell: OpenShell<'a>,
 }
 
-/// Bakes `template` into `sink`.
+/// Gives the config of a record's image, as long as the store has it whole.
+pub type FindImage<'a> = &'a (dyn Fn(&Record) -> Result<Option<Config>> + Send + Sync);
+
+/// Where a bake keeps what it makes, and finds what earlier ones have made.
+pub struct Stores<'a> {
+    /// Images.
+    pub sink: &'a Arc<dyn ImageSink>,
+    /// Machines after steps.
+    pub cache: &'a Arc<dyn CheckpointCache>,
+    /// What earlier bakes were made of.
+    pub history: &'a Arc<dyn History>,
+    /// See [`FindImage`].
+    pub image: FindImage<'a>,
+}
+
+/// Bakes `template` into the stores.
 ///
 /// Everything made on the way is registered in the context's scope; the caller
 /// unwinds it however this ends, also when this future is dropped.
 ///
 /// # Errors
 /// The first one, naming the step; the store then holds no trace of the bake.
-pub async fn bake(template: &Template, options: &Options<'_>, sink: &Arc<dyn ImageSink>, context: &Context) -> Result<Baked> {
+pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<Baked> {
     let began = Instant::now();
     context.reports.event(Event::Started {
         bake: context.bake.clone(),
@@ -62,30 +82,58 @@ pub async fn bake(template: &Template, options: &Options<'_>, sink: &Arc<dyn Ima
         steps: template.steps.len(),
     });
 
-    let (base, base_record) = get_base(template, options.fresh, sink, context).await?;
-    let disk_size = disk_size(template, &base)?;
-    let plan = Plan::new(template, Some(base_record.digest))?;
+    let ground = Ground::get(template, options, stores, context).await?;
+    let Ground { base, record: base_record, plan, .. } = &ground;
 
-    let mut machine = boot(template, &base, Start { disk_size: Some(disk_size), ..Start::default() }, context).await?;
-    let steps = match provision_and_seal(template, &plan, &mut *machine, context).await {
-        Ok(steps) => steps,
-        Err(error) => return Err(rescue(machine, error, options, context).await),
-    };
+    // One bake makes an image; others of the same key take what it made.
+    let seal_key = known(plan.seal)?;
+    let (_image_turn, _) = keep::claim(stores.cache, &seal_key, "this very image", context).await?;
+    let decided = decide(template, plan, options, stores)?;
+    if let Some(baked) = reuse_image(template, plan, &decided, stores, context, began)? {
+        return Ok(baked);
+    }
+    let run = provisioned(template, &ground, decided, options, stores, context).await?;
+    if let Err(error) = prepare_seal(template, &run, context).await {
+        return Err(give_up(run, error, options, context).await);
+    }
+    let Run { machine, mut keeper, steps, .. } = run;
+    let sealing = Instant::now();
     let stopped = stop_and_check(machine, &template.keep, context).await?;
 
     // Both only read the stopped disk, so they need not wait for each other.
-    let (record, ()) = tokio::try_join!(
-        snapshot(template, &*stopped, &base_record, sink, context),
-        test(template, options.test, &*stopped, &base, context)
+    let (record, test_seconds) = tokio::try_join!(
+        snapshot(template, &*stopped, base_record, stores.sink, context),
+        test(template, options.test, &*stopped, base, context)
     )?;
+    let seal_seconds = sealing.elapsed().as_secs_f64() - test_seconds;
 
-    let config = config(template, &steps, &base, &base_record, &record);
+    let config = config(template, &steps, base, base_record, &record);
     let annotations = BTreeMap::from([
         (image::CREATED.to_owned(), jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
         (image::BAKE.to_owned(), context.bake.clone()),
     ]);
     let disk_digest = record.digest;
-    let digest = publish(sink, config, record, annotations, context).await?;
+    let digest = publish(stores.sink, config, record, annotations, context).await?;
+    keeper.finish().await;
+    let tested = options.test && !template.tests.is_empty();
+    stores.history.add(&Record {
+        bake: context.bake.clone(),
+        name: template.name.clone(),
+        version: template.version.clone(),
+        finished: since_1970(SystemTime::now()),
+        base_label: base.label.clone(),
+        base: base_record.digest,
+        start: known(plan.start)?,
+        boot: keeper.boot,
+        steps: steps.iter().map(|step| step.record.clone()).collect(),
+        seal: seal_key,
+        seal_parts: plan.seal_parts.clone(),
+        seal_seconds,
+        tests: plan.tests.filter(|_| tested),
+        test_seconds,
+        image: digest,
+        disk: disk_digest,
+    })?;
 
     let baked = Baked {
         name: template.name.clone(),
@@ -93,12 +141,286 @@ pub async fn bake(template: &Template, options: &Options<'_>, sink: &Arc<dyn Ima
         arch: base.architecture.clone(),
         digest,
         disk_digest,
-        steps,
+        steps: steps.into_iter().map(|step| step.report).collect(),
         artifacts: Vec::new(),
         seconds: began.elapsed().as_secs_f64(),
     };
     context.reports.event(Event::Baked(baked.clone()));
     Ok(baked)
+}
+
+/// Opens a shell on the machine as it is after all steps of `template`, and
+/// ends it with the shell. Goes on from where earlier bakes came to, and keeps
+/// checkpoints as a bake does; no image is made. Who wants the machine before
+/// some step leaves that one and all after it out of the template.
+///
+/// # Errors
+/// When the machine does not get there, or no shell can be opened.
+pub async fn shell(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<()> {
+    let ground = Ground::get(template, options, stores, context).await?;
+    let decided = decide(template, &ground.plan, options, stores)?;
+    let Run { machine, mut keeper, .. } = provisioned(template, &ground, decided, options, stores, context).await?;
+    keeper.finish().await;
+    let Some(access) = machine.guest().ssh_access() else {
+        machine.kill().await;
+        return Err(Error::new(Code::Unreachable, "this machine cannot be reached by SSH"));
+    };
+    let names: Vec<String> = template.steps.iter().map(|step| format!("`{}`", step.common.name)).collect();
+    let holds = match names.len() {
+        0 => format!("the machine is {} before any step", ground.base.label),
+        1 => format!("the machine holds {} and the step {}", ground.base.label, names.concat()),
+        _ => format!("the machine holds {} and the steps {}", ground.base.label, names.join(", ")),
+    };
+    context.reports.note(format!("{holds}; nothing that is done in this shell is kept"));
+    let mut shell = (options.open_shell)(access);
+    tokio::select! {
+        closed = &mut shell => {
+            machine.kill().await;
+            closed
+        }
+        error = machine.ended() => {
+            context.reports.warn(error.chain());
+            machine.kill().await;
+            // It sees that its connection is gone, and gives the terminal back.
+            shell.await
+        }
+    }
+}
+
+/// What a machine is made of: the base, and every step with its key.
+struct Ground {
+    base: Base,
+    /// The base's blocks in the store.
+    record: DiskRecord,
+    disk_size: u64,
+    plan: Plan,
+}
+
+impl Ground {
+    async fn get(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<Self> {
+        let (base, record) = get_base(template, options.resume.fresh, stores.sink, context).await?;
+        let disk_size = disk_size(template, &base)?;
+        let plan = Plan::new(template, Some(record.digest))?;
+        Ok(Self { base, record, disk_size, plan })
+    }
+}
+
+/// A machine on its way through the steps.
+struct Run<'a> {
+    machine: Box<dyn Machine>,
+    keeper: Keeper<'a>,
+    traces: Traces,
+    /// The steps that are done.
+    steps: Vec<Done>,
+    /// The right to run the next step.
+    turn: Option<Hold>,
+}
+
+/// A step that is done, now or before.
+struct Done {
+    report: StepReport,
+    record: StepRecord,
+}
+
+/// What is used of earlier bakes, and why the rest runs.
+struct Decided {
+    decision: Decision,
+    reasons: Vec<String>,
+    records: Vec<Record>,
+}
+
+fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stores<'_>) -> Result<Decided> {
+    let records = stores.history.records(&template.name)?;
+    let earlier = Earlier { cache: &**stores.cache, records: &records, image: &stores.image, now: SystemTime::now() };
+    let wanted = resume::Options { untested: !options.test, ..options.resume.clone() };
+    let decision = resume::decide(template, plan, &wanted, &earlier)?;
+    // Without a step that runs they would be those of the seal.
+    let reasons = if options.resume.machine && decision.done() == plan.steps.len() {
+        Vec::new()
+    } else {
+        explain::reasons(&explain::explain(template, plan, &options.resume, &earlier, &decision)?)
+    };
+    Ok(Decided { decision, reasons, records })
+}
+
+/// The image that an earlier bake made of exactly this, if nothing is left to do.
+fn reuse_image(
+    template: &Template,
+    plan: &Plan,
+    decided: &Decided,
+    stores: &Stores<'_>,
+    context: &Context,
+    began: Instant,
+) -> Result<Option<Baked>> {
+    let Reuse::Image(found) = &decided.decision.reuse else { return Ok(None) };
+    let record = &found.record;
+    let mut steps = Vec::with_capacity(plan.steps.len());
+    for (spec, planned) in template.steps.iter().zip(&plan.steps) {
+        context.reports.cached(Phase::Step, &spec.common.name, age_of(&decided.records, planned.key));
+        steps.push(StepReport { name: spec.common.name.clone(), key: planned.known_key()?, cached: true, seconds: 0.0 });
+    }
+    if let Some(was) = stores.sink.name_again(&template.name, &template.version, &record.image)? {
+        context.reports.note(format!("{}:{} was {was}, now {}", template.name, template.version, record.image));
+    }
+    let baked = Baked {
+        name: template.name.clone(),
+        version: template.version.clone(),
+        arch: template.architecture.clone(),
+        digest: record.image,
+        disk_digest: record.disk,
+        steps,
+        artifacts: Vec::new(),
+        seconds: began.elapsed().as_secs_f64(),
+    };
+    context.reports.event(Event::Baked(baked.clone()));
+    Ok(Some(baked))
+}
+
+/// Takes the right to do what is to be done first, and decides again when
+/// another bake had it: it may have left a checkpoint.
+async fn take_turn(
+    template: &Template,
+    plan: &Plan,
+    options: &Options<'_>,
+    stores: &Stores<'_>,
+    context: &Context,
+    mut decided: Decided,
+) -> Result<(Option<Hold>, Decided)> {
+    loop {
+        let next = match &decided.decision.reuse {
+            Reuse::Points(points) => match points.first() {
+                None => plan.start.map(|key| (key, "the same base ready".to_owned())),
+                Some(point) => plan.steps.get(point.done).and_then(|step| step.key.map(|key| (key, format!("step `{}`", step.name)))),
+            },
+            Reuse::Image(_) => None,
+        };
+        let Some((key, what)) = next else { return Ok((None, decided)) };
+        let (turn, waited) = keep::claim(stores.cache, &key, &what, context).await?;
+        if !waited {
+            return Ok((Some(turn), decided));
+        }
+        let again = decide(template, plan, options, stores)?;
+        if again.decision.done() == decided.decision.done() && again.decision.starts() == decided.decision.starts() {
+            return Ok((Some(turn), again));
+        }
+        decided = again;
+    }
+}
+
+/// A machine on which all steps are done.
+async fn provisioned<'a>(
+    template: &'a Template,
+    ground: &'a Ground,
+    decided: Decided,
+    options: &Options<'_>,
+    stores: &Stores<'a>,
+    context: &'a Context,
+) -> Result<Run<'a>> {
+    let (turn, decided) = take_turn(template, &ground.plan, options, stores, context, decided).await?;
+    for reason in &decided.reasons {
+        context.reports.note(reason.clone());
+    }
+    let mut run = get_machine(template, ground, &decided, turn, stores, context).await?;
+    match provision(template, &ground.plan, &mut run, context).await {
+        Ok(()) => Ok(run),
+        Err(error) => Err(give_up(run, error, options, context).await),
+    }
+}
+
+/// A machine as far as earlier bakes have brought it: from the deepest
+/// checkpoint that can be used, or booted from the base.
+async fn get_machine<'a>(
+    template: &'a Template,
+    ground: &'a Ground,
+    decided: &Decided,
+    turn: Option<Hold>,
+    stores: &Stores<'a>,
+    context: &'a Context,
+) -> Result<Run<'a>> {
+    let Ground { base, plan, disk_size, .. } = ground;
+    let start = Start { disk_size: Some(*disk_size), checkpoints: true, ..Start::default() };
+    let mut keeper = Keeper::new(stores.cache, template, base, context);
+    let points: &[Point] = match &decided.decision.reuse {
+        Reuse::Points(points) => points,
+        Reuse::Image(_) => &[],
+    };
+    for point in points {
+        let Some(checkpoint) = find(stores, point, context).await? else { continue };
+        let Some((machine, traces)) = go_on(template, base, &checkpoint, &start, stores, context).await? else { continue };
+        let mut steps = Vec::new();
+        for (spec, planned) in template.steps.iter().zip(&plan.steps).take(point.done) {
+            let key = planned.known_key()?;
+            let age = age_of(&decided.records, Some(key));
+            context.reports.cached(Phase::Step, &spec.common.name, age);
+            let record = decided.records.iter().rev().flat_map(|record| &record.steps).find(|step| step.key == key);
+            let record = record.cloned().unwrap_or_else(|| planned.record(key, since_1970(checkpoint.made), 0.0));
+            let report = StepReport { name: spec.common.name.clone(), key, cached: true, seconds: 0.0 };
+            steps.push(Done { report, record: StepRecord { name: spec.common.name.clone(), ..record } });
+        }
+        keeper.worth = checkpoint.worth.as_secs_f64();
+        return Ok(Run { machine, keeper, traces, steps, turn });
+    }
+    let began = Instant::now();
+    let mut machine = boot(template, base, start, context).await?;
+    let seconds = began.elapsed().as_secs_f64();
+    let span = context.reports.begin(Phase::Boot, "first command");
+    let traces = Traces::begin(&*machine.guest()).await?;
+    let _ = span.end(false);
+    keeper.booted(known(plan.start)?, seconds, &mut *machine, &traces, turn).await?;
+    Ok(Run { machine, keeper, traces, steps: Vec::new(), turn: None })
+}
+
+/// The checkpoint of a point, verified and held.
+async fn find(stores: &Stores<'_>, point: &Point, context: &Context) -> Result<Option<Checkpoint>> {
+    let (cache, point, reports) = (stores.cache.clone(), *point, context.reports.clone());
+    crate::blocking("look for a checkpoint", move || cache.find(&point.key, point.max_age, &|warning| reports.warn(warning))).await
+}
+
+/// Goes on from a checkpoint; `None` when it cannot be used. Whatever is wrong
+/// with it, the bake then does the work again.
+async fn go_on(
+    template: &Template,
+    base: &Base,
+    checkpoint: &Checkpoint,
+    start: &Start,
+    stores: &Stores<'_>,
+    context: &Context,
+) -> Result<Option<(Box<dyn Machine>, Traces)>> {
+    let span = context.reports.begin(Phase::Boot, "resume");
+    let resumed = match keep::traces(&checkpoint.folder) {
+        Ok(traces) => {
+            template.builder.resume(base, checkpoint, start, context).await.map(|machine| machine.map(|machine| (machine, traces)))
+        }
+        Err(error) => Err(error),
+    };
+    match resumed {
+        Ok(Some(resumed)) => {
+            let _ = span.end(true);
+            Ok(Some(resumed))
+        }
+        Ok(None) => Ok(None),
+        Err(error) if matches!(error.kind(), Code::DiskFull | Code::Missing | Code::Usage) => Err(error),
+        Err(error) => {
+            context.reports.warn(format!("a checkpoint cannot be used, and is dropped: {}", error.chain()));
+            stores.cache.drop_damaged(checkpoint.clone())?;
+            Ok(None)
+        }
+    }
+}
+
+fn known(key: Option<Key>) -> Result<Key> {
+    key.ok_or_else(|| Error::new(Code::Failed, "a key is not known before the base is"))
+}
+
+fn since_1970(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// How long ago a step really ran, if a record tells.
+fn age_of(records: &[Record], key: Option<Key>) -> Option<Duration> {
+    let key = key?;
+    let steps = records.iter().flat_map(|record| &record.steps);
+    steps.filter(|step| step.key == key).max_by_key(|step| step.made).map(|step| step.age(SystemTime::now()))
 }
 
 /// The base, and its blocks in the store.
@@ -151,24 +473,44 @@ async fn boot(template: &Template, base: &Base, start: Start, context: &Context)
     Ok(machine)
 }
 
-/// Runs every step in order, then makes the guest ready for its last stop.
-async fn provision_and_seal(template: &Template, plan: &Plan, machine: &mut dyn Machine, context: &Context) -> Result<Vec<StepReport>> {
-    let guest = machine.guest();
-    let mut traces = Traces::begin(&*guest).await?;
-    let mut reports = Vec::with_capacity(template.steps.len());
-    for (spec, planned) in template.steps.iter().zip(&plan.steps) {
+/// Runs every step that is left, in order.
+async fn provision(template: &Template, plan: &Plan, run: &mut Run<'_>, context: &Context) -> Result<()> {
+    let steps = template.steps.iter().zip(&plan.steps).enumerate();
+    for (index, (spec, planned)) in steps.skip(run.steps.len()) {
+        let key = planned.known_key()?;
+        // Others that want the same step wait, where they can.
+        let turn = match run.turn.take() {
+            Some(turn) => Some(turn),
+            None => run.keeper.cache.claim(&key)?,
+        };
+        let guest = run.machine.guest();
         let span = context.reports.begin(Phase::Step, &spec.common.name);
-        step::run(machine, spec, &template.secrets, context).await?;
-        traces.after(&spec.common.name, &*guest).await?;
+        step::run(&*run.machine, spec, &template.secrets, context).await?;
+        run.traces.after(&spec.common.name, &*guest).await?;
         let seconds = span.end(false);
-        reports.push(StepReport { name: spec.common.name.clone(), key: planned.known_key()?, cached: false, seconds });
+        let report = StepReport { name: spec.common.name.clone(), key, cached: false, seconds };
+        run.steps.push(Done { report, record: planned.record(key, since_1970(SystemTime::now()), seconds) });
+        run.keeper.ran(index, (key, seconds), &mut *run.machine, &run.traces, turn).await?;
     }
+    Ok(())
+}
+
+/// Makes the guest ready for its last stop.
+async fn prepare_seal(template: &Template, run: &Run<'_>, context: &Context) -> Result<()> {
+    let span = context.reports.begin(Phase::Seal, "seal");
     let seal = Seal { name: &template.name, version: &template.version, commit: template.commit.as_deref(), keep: &template.keep };
     tokio::select! {
-        done = seal::prepare(machine, &seal, &traces) => done?,
-        error = machine.ended() => return Err(error.step("seal")),
+        done = seal::prepare(&*run.machine, &seal, &run.traces) => done?,
+        error = run.machine.ended() => return Err(error.step("seal")),
     }
-    Ok(reports)
+    let _ = span.end(false);
+    Ok(())
+}
+
+/// Ends a run in which something failed.
+async fn give_up(mut run: Run<'_>, error: Error, options: &Options<'_>, context: &Context) -> Error {
+    run.keeper.finish().await;
+    rescue(run.machine, error, options, context).await
 }
 
 /// What is left to do with a machine on which something failed.
@@ -200,7 +542,7 @@ async fn rescue(machine: Box<dyn Machine>, error: Error, options: &Options<'_>, 
 }
 
 async fn stop_and_check(machine: Box<dyn Machine>, keep: &[String], context: &Context) -> Result<Box<dyn Stopped>> {
-    let span = context.reports.begin(Phase::Seal, "seal");
+    let span = context.reports.begin(Phase::Seal, "stop");
     let stopped = machine.stop(seal::STOP).await.map_err(|error| error.step("seal"))?;
     if !seal::check(&*stopped, keep).await.map_err(|error| error.step("seal"))? {
         context.reports.warn("the sealed disk was not checked: kiln reads ext4 only, and its root file system is another one");
@@ -231,10 +573,12 @@ async fn snapshot(
 }
 
 /// Runs the template's tests on a throwaway overlay of the stopped disk.
-async fn test(template: &Template, wanted: bool, stopped: &dyn Stopped, base: &Base, context: &Context) -> Result<()> {
+/// Gives the seconds that took, the boot included.
+async fn test(template: &Template, wanted: bool, stopped: &dyn Stopped, base: &Base, context: &Context) -> Result<f64> {
     if !wanted || template.tests.is_empty() {
-        return Ok(());
+        return Ok(0.0);
     }
+    let began = Instant::now();
     let image = Base { label: format!("{} {}", template.name, template.version), disk: stopped.disk(), ..base.clone() };
     let machine = boot(template, &image, Start::default(), context).await?;
     crate::settle(&*machine.guest()).await?;
@@ -248,10 +592,10 @@ async fn test(template: &Template, wanted: bool, stopped: &dyn Stopped, base: &B
         let _ = span.end(false);
     }
     machine.kill().await;
-    Ok(())
+    Ok(began.elapsed().as_secs_f64())
 }
 
-fn config(template: &Template, steps: &[StepReport], base: &Base, base_record: &DiskRecord, record: &DiskRecord) -> Config {
+fn config(template: &Template, steps: &[Done], base: &Base, base_record: &DiskRecord, record: &DiskRecord) -> Config {
     Config {
         name: template.name.clone(),
         version: template.version.clone(),
@@ -260,7 +604,7 @@ fn config(template: &Template, steps: &[StepReport], base: &Base, base_record: &
         credentials: base.credentials == Some(true),
         disks: vec![DiskConfig { name: record.name.clone(), size: record.map.size, digest: record.digest, root: true }],
         base: Some(base_record.digest),
-        steps: steps.iter().map(|step| StepConfig { name: step.name.clone(), key: step.key }).collect(),
+        steps: steps.iter().map(|step| StepConfig { name: step.report.name.clone(), key: step.report.key }).collect(),
         commit: template.commit.clone(),
         labels: template.labels.clone(),
     }

@@ -1,16 +1,23 @@
 //! Template, plan, keys, and the bake from top to bottom.
 //!
 //! [`template`] reads `kiln.toml` and finds every mistake in it; [`plan`] gives
-//! each step its key; [`bake()`] does the work through the traits of
-//! `kiln-model` alone, so that it knows neither QEMU nor the store.
+//! each step its key; [`resume`] decides what of earlier bakes is used, and
+//! [`explain`] says why the rest runs; [`bake()`] does the work through the
+//! traits of `kiln-model` alone, so that it knows neither QEMU nor the store.
 
 mod bake;
+pub mod explain;
+pub mod graph;
+mod keep;
 pub mod plan;
+pub mod resume;
 mod seal;
 mod step;
 pub mod template;
+#[cfg(test)]
+mod testing;
 
-pub use bake::{OnFailure, OpenShell, Options, bake};
+pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake, shell};
 
 use std::time::Duration;
 

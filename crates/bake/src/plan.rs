@@ -4,12 +4,17 @@
 //! the base is; its key chains that to everything before it. So inputs are
 //! read once, and the keys follow as soon as the base's digest is known.
 //!
+//! With each key come its *parts*: what it is made of, under names for people.
+//! They are kept with every bake, so that the next plan can say which of them
+//! has changed; they hold digests, never values.
+//!
 //! Never in a key: times, host names, absolute paths, memory size, the order
 //! of keys in a file, a step's name, limit in time, retries and cache policy
 //! (they change how a step is run or shown, not what it makes), and the value
 //! of a secret.
 
-use kiln_model::key::KeyHasher;
+use kiln_model::history::StepRecord;
+use kiln_model::key::{KeyHasher, Part};
 use kiln_model::provision::{Common, Provisioner};
 use kiln_model::{Code, Digest, Error, Key, Result};
 
@@ -28,11 +33,19 @@ pub struct Plan {
     pub disk_size: Option<u64>,
     /// Key of the machine before its first step.
     pub start: Option<Key>,
+    /// What that is made of; empty while there is no such key.
+    pub start_parts: Vec<Part>,
     /// The steps, as many as the template has.
     pub steps: Vec<PlannedStep>,
     /// Key of the sealed disk.
     pub seal: Option<Key>,
+    /// What the seal is made of itself.
+    pub seal_parts: Vec<Part>,
+    /// Key of the tests on that disk. None: there are no tests, or the base is
+    /// not known.
+    pub tests: Option<Key>,
     seal_own: Key,
+    tests_own: Option<Key>,
 }
 
 /// A step with its key.
@@ -44,6 +57,8 @@ pub struct PlannedStep {
     pub kind: &'static str,
     /// What it is made of itself, without what comes before it.
     pub own: Key,
+    /// What its own key is made of.
+    pub parts: Vec<Part>,
     /// Its key. None: the base's digest is not known.
     pub key: Option<Key>,
 }
@@ -56,8 +71,19 @@ impl Plan {
     /// When an input file cannot be read.
     pub fn new(template: &Template, base: Option<Digest>) -> Result<Self> {
         let steps = template.steps.iter().map(PlannedStep::new).collect::<Result<_>>()?;
-        let seal_own = seal_own(&template.name, &template.version, template.commit.as_deref(), &template.keep);
-        let mut plan = Self { base: None, disk_size: template.disk_size, start: None, steps, seal: None, seal_own };
+        let (seal_own, seal_parts) = seal_own(&template.name, &template.version, template.commit.as_deref(), &template.keep);
+        let mut plan = Self {
+            base: None,
+            disk_size: template.disk_size,
+            start: None,
+            start_parts: Vec::new(),
+            steps,
+            seal: None,
+            seal_parts,
+            tests: None,
+            seal_own,
+            tests_own: tests_own(&template.tests)?,
+        };
         if let Some(base) = base {
             plan.set_base(base);
         }
@@ -66,15 +92,17 @@ impl Plan {
 
     /// Computes the keys, now that the base's disk digest is known.
     pub fn set_base(&mut self, base: Digest) {
-        let start = start_key(&base, self.disk_size);
+        let (start, start_parts) = start_key(&base, self.disk_size);
         let mut last = start;
         for step in &mut self.steps {
             last = chain("step", &last, &step.own);
             step.key = Some(last);
         }
+        let seal = chain("seal", &last, &self.seal_own);
         self.base = Some(base);
-        self.start = Some(start);
-        self.seal = Some(chain("seal", &last, &self.seal_own));
+        (self.start, self.start_parts) = (Some(start), start_parts);
+        self.seal = Some(seal);
+        self.tests = self.tests_own.map(|own| chain("tests", &seal, &own));
     }
 }
 
@@ -87,41 +115,67 @@ impl PlannedStep {
         self.key.ok_or_else(|| Error::new(Code::Failed, format!("the key of step `{}` is not known before its base is", self.name)))
     }
 
+    /// What a record says of it.
+    pub(crate) fn record(&self, key: Key, made: u64, seconds: f64) -> StepRecord {
+        StepRecord { name: self.name.clone(), kind: self.kind.to_owned(), key, parts: self.parts.clone(), made, seconds }
+    }
+
     fn new(step: &StepSpec) -> Result<Self> {
-        let own = own_key(step.provisioner.as_ref(), &step.common).map_err(|error| error.step(&step.common.name))?;
-        Ok(Self { name: step.common.name.clone(), kind: step.provisioner.kind(), own, key: None })
+        let (own, parts) = own_key(step.provisioner.as_ref(), &step.common).map_err(|error| error.step(&step.common.name))?;
+        Ok(Self { name: step.common.name.clone(), kind: step.provisioner.kind(), own, parts, key: None })
     }
 }
 
 /// The key of a machine before its first step: the base's disk and the disk's
 /// size. An unset size follows from the base, so it needs no number.
-pub fn start_key(base: &Digest, disk_size: Option<u64>) -> Key {
+pub fn start_key(base: &Digest, disk_size: Option<u64>) -> (Key, Vec<Part>) {
+    let size = disk_size.map_or_else(|| "default".to_owned(), |size| size.to_string());
     let mut hasher = KeyHasher::new("start");
     hasher.field("base", base.as_bytes());
-    hasher.field("disk size", disk_size.map_or_else(|| "default".to_owned(), |size| size.to_string()));
-    hasher.finish()
+    hasher.hidden("disk size", &size).part("[disk] size", &size);
+    hasher.finish_with_parts()
 }
 
 /// What a step is made of itself.
 ///
 /// # Errors
 /// When an input file cannot be read.
-pub fn own_key(provisioner: &dyn Provisioner, common: &Common) -> Result<Key> {
+pub fn own_key(provisioner: &dyn Provisioner, common: &Common) -> Result<(Key, Vec<Part>)> {
     let mut hasher = KeyHasher::new("own");
     hasher.field("provisioner", provisioner.kind());
     hasher.map("env", common.env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
-    hasher.map("secrets", common.secrets.iter().map(|name| (name.as_str(), "")));
+    names(&mut hasher, "secrets", "secret", &common.secrets);
     hasher.field("user", common.user.as_deref().unwrap_or("root"));
     provisioner.key(&mut hasher)?;
-    Ok(hasher.finish())
+    Ok(hasher.finish_with_parts())
 }
 
-fn seal_own(name: &str, version: &str, commit: Option<&str>, keep: &[String]) -> Key {
+fn seal_own(name: &str, version: &str, commit: Option<&str>, keep: &[String]) -> (Key, Vec<Part>) {
     let mut hasher = KeyHasher::new("seal settings");
     hasher.field("name", name).field("version", version).field("commit", commit.unwrap_or_default());
-    hasher.field("seal version", SEAL_VERSION);
-    hasher.map("keep", keep.iter().map(|path| (path.as_str(), "")));
-    hasher.finish()
+    hasher.hidden("seal version", SEAL_VERSION).part("kiln's own seal", SEAL_VERSION);
+    names(&mut hasher, "keep", "keep", keep);
+    hasher.finish_with_parts()
+}
+
+/// What the tests are made of themselves, in order.
+fn tests_own(tests: &[StepSpec]) -> Result<Option<Key>> {
+    let mut hasher = KeyHasher::new("own tests");
+    for test in tests {
+        let (own, _) = own_key(test.provisioner.as_ref(), &test.common).map_err(|error| error.step(&test.common.name))?;
+        hasher.field("test", own.hex());
+    }
+    Ok((!tests.is_empty()).then(|| hasher.finish()))
+}
+
+/// Adds a set of names: of a secret, for one, only the name counts.
+fn names(hasher: &mut KeyHasher, field: &str, shown: &str, names: &[String]) {
+    let mut names: Vec<&String> = names.iter().collect();
+    names.sort_unstable();
+    hasher.hidden(field, names.len().to_string());
+    for name in names {
+        hasher.hidden(name, "").part(format!("{shown} {name}"), "");
+    }
 }
 
 fn chain(kind: &str, previous: &Key, own: &Key) -> Key {
@@ -132,11 +186,14 @@ fn chain(kind: &str, previous: &Key, own: &Key) -> Key {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::path::Path;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::{Path, PathBuf};
     use std::time::{Duration, SystemTime};
 
+    use async_trait::async_trait;
     use kiln_model::secret::Secret;
+    use kiln_model::tree::Tree;
     use proptest::prelude::*;
 
     use super::*;
@@ -215,7 +272,9 @@ mod tests {
 
     fn plan_in(folder: &Path, text: &str, secret: &str, now: SystemTime) -> Plan {
         std::fs::write(folder.join("kiln.toml"), text).unwrap();
-        let environment = vec![("TOKEN".to_owned(), secret.to_owned())];
+        // Every run has another environment, as every host and user has.
+        let host = folder.display().to_string();
+        let environment = vec![("TOKEN".to_owned(), secret.to_owned()), ("HOSTNAME".to_owned(), host)];
         let inputs = Inputs { environment, now, ..Inputs::default() };
         let template = load(folder, &inputs, &Fakes::default().kinds()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}\n{text}"));
         Plan::new(&template, Some(Digest::of("base"))).unwrap()
@@ -225,9 +284,65 @@ mod tests {
         plan.steps.iter().map(|step| step.known_key().unwrap()).chain(plan.seal).collect()
     }
 
+    /// The names of the parts in which two steps differ.
+    fn differing(one: &PlannedStep, two: &PlannedStep) -> BTreeSet<String> {
+        let alone = |one: &[Part], two: &[Part]| one.iter().filter(|part| !two.contains(part)).map(|part| part.name.clone()).collect();
+        let (first, second): (BTreeSet<String>, BTreeSet<String>) = (alone(&one.parts, &two.parts), alone(&two.parts, &one.parts));
+        first.union(&second).cloned().collect()
+    }
+
     /// What changes bytes in the image, or might.
     fn matters(step: &Step) -> (&str, &BTreeMap<String, String>, bool, &str) {
         (&step.body, &step.env, step.secret, step.user.as_deref().unwrap_or("root"))
+    }
+
+    /// What the parts are called that make the difference.
+    fn names(one: &Step, two: &Step) -> BTreeSet<String> {
+        let mut names = BTreeSet::new();
+        let mut differ = |name: &str, differs: bool| differs.then(|| names.insert(name.to_owned()));
+        differ("settings", one.body != two.body);
+        differ("secret token", one.secret != two.secret);
+        differ("user", matters(one).3 != matters(two).3);
+        for name in one.env.keys().chain(two.env.keys()) {
+            differ(&format!("env {name}"), one.env.get(name) != two.env.get(name));
+        }
+        names
+    }
+
+    /// Files for a guest, as a `file` step has them.
+    struct Upload(PathBuf);
+
+    #[async_trait]
+    impl Provisioner for Upload {
+        fn kind(&self) -> &'static str {
+            "file"
+        }
+        fn key(&self, hasher: &mut KeyHasher) -> Result<()> {
+            Tree::walk(&self.0)?.key(hasher)
+        }
+        async fn run(&self, _: &kiln_model::provision::Step<'_>) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    type Files = BTreeMap<String, (Vec<u8>, bool)>;
+
+    /// The key of these files, wherever they are.
+    fn uploaded(files: &Files) -> (Key, Vec<Part>) {
+        let folder = tempfile::tempdir().unwrap();
+        let site = folder.path().join("site");
+        std::fs::create_dir(&site).unwrap();
+        std::fs::set_permissions(&site, std::fs::Permissions::from_mode(0o755)).unwrap();
+        for (name, (bytes, executable)) in files {
+            std::fs::write(site.join(name), bytes).unwrap();
+            let mode = if *executable { 0o755 } else { 0o644 };
+            std::fs::set_permissions(site.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
+        }
+        own_key(&Upload(site), &Common::default()).unwrap()
+    }
+
+    fn files() -> impl Strategy<Value = Files> {
+        prop::collection::btree_map("[a-z]{1,3}", (prop::collection::vec(any::<u8>(), 0..4), any::<bool>()), 0..5)
     }
 
     proptest! {
@@ -245,6 +360,11 @@ mod tests {
             }
             let two = planned(&template(&same, memory, true), "another secret", now + Duration::from_secs(later));
             prop_assert_eq!(keys(&one), keys(&two));
+            for (one, two) in one.steps.iter().zip(&two.steps) {
+                prop_assert_eq!(&one.parts, &two.parts);
+                let secret = Digest::of("hunter22").hex();
+                prop_assert!(one.parts.iter().all(|part| !secret.starts_with(&part.digest)));
+            }
         }
 
         /// A step's key changes exactly when it, or one before it, does; and
@@ -258,8 +378,24 @@ mod tests {
             let (one, two) = (planned(&template(&steps, 512, false), "x", now), planned(&template(&changed, 512, false), "x", now));
             let same = matters(&steps[at]) == matters(&changed[at]);
             prop_assert_eq!(one.steps[at].own == two.steps[at].own, same);
+            prop_assert_eq!(differing(&one.steps[at], &two.steps[at]), names(&steps[at], &changed[at]));
             for (number, (one, two)) in keys(&one).into_iter().zip(keys(&two)).enumerate() {
                 prop_assert_eq!(one == two, number < at || same, "key {}", number);
+            }
+        }
+
+        /// Paths, modes and bytes of files, and neither where they are nor when
+        /// they were written; and the part that differs is named.
+        #[test]
+        fn files_enter_by_path_mode_and_bytes(one in files(), two in files()) {
+            let ((key, parts), (again, _), (other, others)) = (uploaded(&one), uploaded(&one), uploaded(&two));
+            prop_assert_eq!(key, again);
+            prop_assert_eq!(key == other, one == two);
+            prop_assert_eq!(parts == others, one == two);
+            let file = |name: &String| parts.iter().find(|part| part.name == format!("site/{name}"));
+            for (name, content) in &two {
+                let same = others.iter().find(|part| part.name == format!("site/{name}")) == file(name);
+                prop_assert_eq!(same, one.get(name) == Some(content));
             }
         }
 
@@ -331,11 +467,35 @@ mod tests {
         {
             assert_eq!(keys(&first), keys(&plan(same)));
         }
+        // What each of them is made of has a name for people.
+        let named = |parts: &[Part]| parts.iter().map(|part| part.name.clone()).collect::<Vec<_>>();
+        assert_eq!(named(&first.start_parts), ["base", "[disk] size"]);
+        assert_eq!(named(&first.seal_parts), ["name", "version", "commit", "kiln's own seal", "keep /a", "keep /b"]);
         // Before the base is known there are no keys, and then the same ones.
         let mut late = Plan::new(&load(), None).unwrap();
         assert_eq!((late.start, late.seal), (None, None));
         late.set_base(Digest::of("base"));
         assert_eq!(keys(&late), keys(&first));
+    }
+
+    #[test]
+    fn the_tests_have_a_key_of_their_own() {
+        let plan = |version: &str, tests: &str| {
+            let text = format!("[image]\nname = 'web'\nversion = '{version}'\n[base]\ndebian = 'x'\n{tests}");
+            planned(&text, "x", SystemTime::UNIX_EPOCH)
+        };
+        let test = |body: &str| format!("[[test]]\nshell = '{body}'\n");
+        let (a, b) = (test("a"), test("b"));
+        let first = plan("1", &(a.clone() + &b));
+        assert!(first.tests.is_some());
+        assert_eq!(plan("1", "").tests, None);
+        // They change no image, and how they are run changes nothing.
+        assert_eq!(plan("1", "").seal, first.seal);
+        assert_eq!(plan("1", &(a.clone() + "name = 'x'\ntimeout = '5m'\nretries = 2\n" + &b)).tests, first.tests);
+        for other in [a.clone(), b.clone() + &a, a.clone() + &test("c"), a.clone() + "env = { A = '1' }\n" + &b] {
+            assert_ne!(plan("1", &other).tests, first.tests, "{other}");
+        }
+        assert_ne!(plan("2", &(a + &b)).tests, first.tests, "another image has passed nothing yet");
     }
 
     #[test]

@@ -78,6 +78,18 @@ pub async fn create_overlay(base: &DiskFile, overlay: &Path, size: u64) -> Resul
     Ok(DiskFile { path: overlay.to_owned(), format: DiskFormat::Qcow2, size })
 }
 
+/// Makes an empty qcow2 (0600) on the qcow2 named `below`, which is in the same
+/// folder and need not exist yet.
+///
+/// # Errors
+/// When the file cannot be made.
+pub async fn create_layer(path: &Path, below: &str, size: u64) -> Result<()> {
+    private_file(path)?;
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, "-u"]).arg(path).arg(size.to_string());
+    process::run_async(command).await.map(|_| ()).trying(|| format!("make the layer {}", path.display()))
+}
+
 /// Makes an empty file that its owner alone can read, for a program that would
 /// make it with the umask's mode.
 fn private_file(path: &Path) -> Result<()> {

@@ -8,6 +8,7 @@ use crate::Digest;
 use crate::error::Result;
 use crate::image::Firmware;
 use crate::machine::Context;
+use crate::reference::Reference;
 
 /// A file that holds a disk, in a format that is known and was checked: a
 /// qcow2 among them has no backing or data file from outside.
@@ -67,6 +68,15 @@ pub trait BaseSource: Send + Sync {
     /// # Errors
     /// When what is known cannot be read.
     fn known(&self) -> Result<Option<Digest>>;
+
+    /// The image that it is, where it is one.
+    fn image(&self) -> Option<&Reference> {
+        None
+    }
+
+    /// From now on it is the image of this digest, wherever its name leads to.
+    /// For one that is no image this means nothing.
+    fn pin(&mut self, _image: Digest) {}
 
     /// Gets it: from the cache, or, when it is not there or `fresh`, anew.
     /// Cached under a lock, so that two bakes do the work once. Work folders and

@@ -79,6 +79,15 @@ pub trait ImageSink: Send + Sync {
     /// something else; or when it cannot be written.
     fn publish(&self, config: &Config, disks: &[DiskRecord], annotations: &BTreeMap<String, String>) -> Result<Published>;
 
+    /// Names an image that is there `name:version`, where it is not named so
+    /// (any more); gives what that name meant before, when it was something
+    /// else.
+    ///
+    /// # Errors
+    /// [`crate::Code::Refused`] when that version is immutable by now and
+    /// something else; or when it cannot be written.
+    fn name_again(&self, name: &str, version: &str, image: &Digest) -> Result<Option<Digest>>;
+
     /// The blocks of a base that an earlier bake has stored.
     ///
     /// # Errors

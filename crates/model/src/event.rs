@@ -20,6 +20,8 @@ pub enum Phase {
     Boot,
     /// One provisioning step.
     Step,
+    /// Keeping the machine for later bakes.
+    Checkpoint,
     /// Removing what must not be cloned, stopping, checking the stopped disk.
     Seal,
     /// Reading blocks into the store.
@@ -144,6 +146,9 @@ pub enum Event {
         name: String,
         /// Whether nothing had to be done.
         cached: bool,
+        /// How long ago what is used was made, in seconds, where that is known.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        age_seconds: Option<u64>,
         /// Seconds it took.
         seconds: f64,
     },
@@ -240,6 +245,12 @@ impl Reports {
         self.event(Event::Progress { name: name.into(), done, total });
     }
 
+    /// Says that something need not be done: an earlier bake did it, so long ago.
+    pub fn cached(&self, phase: Phase, name: &str, age: Option<std::time::Duration>) {
+        let age_seconds = age.map(|age| age.as_secs());
+        self.event(Event::End { phase, name: name.into(), cached: true, age_seconds, seconds: 0.0 });
+    }
+
     /// Begins a phase; [`Span::end`] ends it and tells how long it took.
     pub fn begin(&self, phase: Phase, name: &str) -> Span {
         self.event(Event::Begin { phase, name: name.into() });
@@ -265,7 +276,7 @@ impl Span {
     #[must_use = "the seconds go into the record"]
     pub fn end(self, cached: bool) -> f64 {
         let seconds = self.seconds();
-        self.reports.event(Event::End { phase: self.phase, name: self.name, cached, seconds });
+        self.reports.event(Event::End { phase: self.phase, name: self.name, cached, age_seconds: None, seconds });
         seconds
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result, ResultExt};
 
-/// The folder that holds `store/`, `cache/`, `ledger/` and `work/`.
+/// The folder that holds `store/`, `cache/`, `history/`, `ledger/` and `work/`.
 #[derive(Debug, Clone)]
 pub struct Home(PathBuf);
 
@@ -23,7 +23,7 @@ impl Home {
             .or_else(|| env("HOME").map(|p| p.join(".local/share/kiln")))
             .ok_or_else(|| Error::new(Code::Usage, "no home directory is known").next("set KILN_HOME to a folder with room for images"))?;
         let root = std::path::absolute(&root).trying(|| format!("use {} as KILN_HOME", root.display()))?;
-        for folder in [root.clone(), root.join("cache"), root.join("ledger"), root.join("work")] {
+        for folder in [root.clone(), root.join("cache"), root.join("history"), root.join("ledger"), root.join("work")] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(|error| {
                 Error::new(Code::Failed, format!("cannot make the folder {}", folder.display()))
                     .because(error)
@@ -46,6 +46,11 @@ impl Home {
     /// What can be made again: bases, downloads, checkpoints.
     pub fn cache(&self) -> PathBuf {
         self.0.join("cache")
+    }
+
+    /// What earlier bakes were made of.
+    pub fn history(&self) -> PathBuf {
+        self.0.join("history")
     }
 
     /// The records of what bakes have created.

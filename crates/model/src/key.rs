@@ -47,41 +47,74 @@ impl FromStr for Key {
     }
 }
 
-/// Builds a [`Key`] field by field.
-pub struct KeyHasher(Sha256);
+/// What one thing in a key was when the key was made: not its value, which may
+/// be large, but enough to tell whether it has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is, for people: `script`, `env GREETING`, `site/index.html`.
+    pub name: String,
+    /// The first 16 hex digits of the SHA-256 of what it was.
+    pub digest: String,
+}
+
+/// Builds a [`Key`] field by field, and remembers its parts.
+pub struct KeyHasher {
+    hash: Sha256,
+    parts: Vec<Part>,
+}
 
 impl KeyHasher {
     /// A hasher for one kind of key (`"step"`, `"seal"`, `"memory"`).
     pub fn new(kind: &str) -> Self {
-        let mut hasher = Self(Sha256::new());
-        hasher.field("format", FORMAT).field("kind", kind);
+        let mut hasher = Self { hash: Sha256::new(), parts: Vec::new() };
+        hasher.hidden("format", FORMAT).hidden("kind", kind);
         hasher
     }
 
-    /// Adds one field.
+    /// Adds one field, which is a part of its own.
     pub fn field(&mut self, name: &str, value: impl AsRef<[u8]>) -> &mut Self {
+        self.part(name, value.as_ref());
+        self.hidden(name, value)
+    }
+
+    /// Adds one field that [`KeyHasher::part`] tells of, or that is nobody's
+    /// business.
+    pub fn hidden(&mut self, name: &str, value: impl AsRef<[u8]>) -> &mut Self {
         let value = value.as_ref();
         for part in [name.as_bytes(), value] {
-            self.0.update((part.len() as u64).to_be_bytes());
-            self.0.update(part);
+            self.hash.update((part.len() as u64).to_be_bytes());
+            self.hash.update(part);
         }
         self
     }
 
-    /// Adds named values whose order means nothing.
+    /// Remembers a part under a name for people; the key is not changed by it.
+    pub fn part(&mut self, name: impl Into<String>, value: impl AsRef<[u8]>) -> &mut Self {
+        let digest = Digest::of(value).hex()[..16].to_owned();
+        self.parts.push(Part { name: name.into(), digest });
+        self
+    }
+
+    /// Adds named values whose order means nothing; each is a part.
     pub fn map<'a>(&mut self, name: &str, values: impl IntoIterator<Item = (&'a str, &'a str)>) -> &mut Self {
         let mut values: Vec<_> = values.into_iter().collect();
         values.sort_unstable();
-        self.field(name, values.len().to_string());
+        self.hidden(name, values.len().to_string());
         for (key, value) in values {
-            self.field(key, value);
+            self.part(format!("{name} {key}"), value);
+            self.hidden(key, value);
         }
         self
+    }
+
+    /// The key, and what it is made of.
+    pub fn finish_with_parts(self) -> (Key, Vec<Part>) {
+        (Key(Digest::finish(self.hash)), self.parts)
     }
 
     /// The key.
     pub fn finish(self) -> Key {
-        Key(Digest::finish(self.0))
+        Key(Digest::finish(self.hash))
     }
 }
 

@@ -23,6 +23,7 @@ pub mod digest;
 pub mod error;
 pub mod event;
 pub mod guest;
+pub mod history;
 pub mod home;
 pub mod image;
 pub mod key;

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 
 use crate::base::{Base, DiskFile};
 use crate::block::BlockSource;
-use crate::checkpoint::{Checkpoint, Slot};
+use crate::checkpoint::{Checkpoint, Slot, Written};
 use crate::cleanup::Scope;
 use crate::error::{Error, Result};
 use crate::event::Reports;
@@ -39,6 +39,8 @@ pub struct Start {
     pub ports: Vec<Port>,
     /// User data as a deployment would give it (NoCloud).
     pub user_data: Option<Vec<u8>>,
+    /// Whether checkpoints will be made of it: it then gets whatever that takes.
+    pub checkpoints: bool,
 }
 
 /// One forwarded port.
@@ -56,13 +58,19 @@ pub trait Builder: Send + Sync {
     /// Its kind, as the template names it (`qemu`).
     fn kind(&self) -> &'static str;
 
+    /// Bytes of this machine's memory that one of its machines takes; nothing
+    /// where they run elsewhere.
+    fn memory(&self) -> u64 {
+        0
+    }
+
     /// What a memory checkpoint depends on beside the step: machine shape,
     /// version of the hypervisor, CPU model. `None` where memory cannot be
     /// kept (a cloud).
     ///
     /// # Errors
     /// When the hypervisor cannot be asked.
-    async fn memory_key(&self, step: &Key) -> Result<Option<Key>>;
+    async fn memory_key(&self, step: &Key, base: &Base, context: &Context) -> Result<Option<Key>>;
 
     /// Starts a machine from `base` and waits until its guest can be reached.
     /// May take minutes at a cloud; everything it makes is registered in the
@@ -74,11 +82,13 @@ pub trait Builder: Send + Sync {
     async fn start(&self, base: &Base, start: &Start, context: &Context) -> Result<Box<dyn Machine>>;
 
     /// Goes on from a checkpoint, made fresh first: entropy, clock, lease, and
-    /// this bake's keys. `None` when this builder cannot use it; the bake then
-    /// starts from an earlier one, or from the base.
+    /// this bake's keys. Memory is used where it was kept under
+    /// [`Builder::memory_key`]; otherwise the guest boots from the kept disk.
+    /// `None` when this builder cannot use it at all.
     ///
     /// # Errors
-    /// As [`Builder::start`].
+    /// [`crate::Code::DigestMismatch`] when it is damaged; and as
+    /// [`Builder::start`].
     async fn resume(&self, base: &Base, checkpoint: &Checkpoint, start: &Start, context: &Context) -> Result<Option<Box<dyn Machine>>>;
 }
 
@@ -93,11 +103,17 @@ pub trait Machine: Send + Sync {
     async fn ended(&self) -> Error;
 
     /// Copies its state into `slot`: the disk, and the memory where `slot`
-    /// asks for it and the builder can. `None` when it keeps none.
+    /// asks for it and the builder can. `None` when it keeps none. The guest
+    /// stands still meanwhile, and goes on as if nothing had been.
     ///
     /// # Errors
-    /// When the state cannot be written; the machine goes on all the same.
-    async fn checkpoint(&mut self, slot: &Slot) -> Result<Option<Checkpoint>>;
+    /// When the state cannot be written; the machine goes on all the same. With
+    /// [`crate::Code::MachineEnded`] it does not.
+    async fn checkpoint(&mut self, slot: &Slot) -> Result<Option<Written>>;
+
+    /// How many bytes a checkpoint of it would take now, about; `None` when it
+    /// keeps none.
+    fn checkpoint_size(&self) -> Option<u64>;
 
     /// Adds what the machine itself can tell of a failure: the tail of its
     /// console, a screenshot.

@@ -59,6 +59,12 @@ pub trait Provisioner: Send + Sync {
         false
     }
 
+    /// Whether it brings something out of the guest: then what it did cannot be
+    /// taken from a cache, and it runs in every bake.
+    fn takes_out(&self) -> bool {
+        false
+    }
+
     /// Does it, once. Retries are the bake's; the limit in time is passed on to
     /// every command, so that what took too long is killed in the guest.
     ///

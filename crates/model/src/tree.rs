@@ -73,18 +73,23 @@ impl Tree {
     /// # Errors
     /// When a file cannot be read.
     pub fn key(&self, hasher: &mut KeyHasher) -> Result<()> {
-        hasher.field("entries", self.entries.len().to_string());
+        hasher.hidden("entries", self.entries.len().to_string());
+        let root = self.root.file_name().unwrap_or_default().to_string_lossy();
         for entry in &self.entries {
-            hasher.field("path", &entry.path).field("mode", format!("{:o}", entry.mode));
-            match &entry.kind {
-                Kind::Folder => hasher.field("folder", ""),
-                Kind::Link(target) => hasher.field("link", target.as_os_str().as_encoded_bytes()),
+            let mode = format!("{:o}", entry.mode);
+            hasher.hidden("path", &entry.path).hidden("mode", &mode);
+            let (kind, content) = match &entry.kind {
+                Kind::Folder => ("folder", Vec::new()),
+                Kind::Link(target) => ("link", target.as_os_str().as_encoded_bytes().to_vec()),
                 Kind::File(_) => {
                     let path = self.location(entry);
                     let digest = File::open(&path).and_then(|mut file| Digest::of_reader(&mut file));
-                    hasher.field("file", digest.trying(|| format!("read {}", path.display()))?.0.as_bytes())
+                    ("file", digest.trying(|| format!("read {}", path.display()))?.0.as_bytes().to_vec())
                 }
             };
+            hasher.hidden(kind, &content);
+            let name = if entry.path.is_empty() { root.to_string() } else { format!("{root}/{}", entry.path) };
+            hasher.part(name, [mode.as_bytes(), kind.as_bytes(), &content].concat());
         }
         Ok(())
     }

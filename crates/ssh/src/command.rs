@@ -4,6 +4,7 @@ use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use kiln_model::event::Stream;
 use kiln_model::guest::{Exit, OnLine, quote};
 use kiln_model::{Code, Error, Result};
@@ -24,8 +25,18 @@ const KILLING: Duration = Duration::from_secs(30);
 /// Bytes of standard error that are kept for an error's detail.
 const TAIL: usize = 4096;
 
+/// Runs commands with any input and output, over whatever way there is.
+#[async_trait]
+pub trait Run: Send + Sync {
+    /// Runs `line`, as [`kiln_model::guest::Guest::execute`] does.
+    ///
+    /// # Errors
+    /// The same.
+    async fn run(&self, line: &str, input: Input, limit: Option<Duration>, sink: Sink<'_>) -> Result<Exit>;
+}
+
 /// What a command reads.
-pub(crate) enum Input {
+pub enum Input {
     /// These bytes, then its end.
     Bytes(Vec<u8>),
     /// What comes out of here, then its end.
@@ -33,11 +44,65 @@ pub(crate) enum Input {
 }
 
 /// Where a command's output goes.
-pub(crate) enum Sink<'a> {
+pub enum Sink<'a> {
     /// Both streams as lines.
     Lines(OnLine<'a>),
     /// Standard output as it comes; the end of standard error is kept.
-    Bytes { stdout: mpsc::Sender<Vec<u8>>, stderr: &'a mut String },
+    Bytes {
+        /// Takes standard output.
+        stdout: mpsc::Sender<Vec<u8>>,
+        /// Gets the end of standard error.
+        stderr: &'a mut String,
+    },
+}
+
+/// Brings what comes out of a command to its [`Sink`].
+pub struct Outlet<'a> {
+    sink: Sink<'a>,
+    stdout: Lines,
+    stderr: Lines,
+}
+
+impl<'a> Outlet<'a> {
+    /// Nothing has come yet.
+    pub fn new(sink: Sink<'a>) -> Self {
+        Self { sink, stdout: Lines::default(), stderr: Lines::default() }
+    }
+
+    /// Whether every byte counts, so that one must wait for the stream's end.
+    pub fn is_patient(&self) -> bool {
+        matches!(self.sink, Sink::Bytes { .. })
+    }
+
+    /// Takes what came on one of the streams.
+    ///
+    /// # Errors
+    /// [`Code::Failed`] when nobody takes it.
+    pub async fn take(&mut self, stream: Stream, data: &[u8]) -> Result<()> {
+        match (&mut self.sink, stream) {
+            (Sink::Lines(on_line), Stream::Stdout) => self.stdout.push(data, |line| on_line(Stream::Stdout, line)),
+            (Sink::Lines(on_line), Stream::Stderr) => self.stderr.push(data, |line| on_line(Stream::Stderr, line)),
+            (Sink::Bytes { .. }, Stream::Stdout) if data.is_empty() => {}
+            (Sink::Bytes { stdout, .. }, Stream::Stdout) => {
+                if stdout.send(data.to_vec()).await.is_err() {
+                    return Err(Error::new(Code::Failed, "what the guest sent could not be taken"));
+                }
+            }
+            (Sink::Bytes { stderr, .. }, Stream::Stderr) => self.stderr.push(data, |line| keep(stderr, line)),
+        }
+        Ok(())
+    }
+
+    /// The streams have ended.
+    pub fn finish(mut self) {
+        match &mut self.sink {
+            Sink::Lines(on_line) => {
+                self.stdout.finish(|line| on_line(Stream::Stdout, line));
+                self.stderr.finish(|line| on_line(Stream::Stderr, line));
+            }
+            Sink::Bytes { stderr, .. } => self.stderr.finish(|line| keep(stderr, line)),
+        }
+    }
 }
 
 /// 64 bits that nothing in the guest can guess.
@@ -222,7 +287,7 @@ pub(crate) async fn run(
     result
 }
 
-async fn pump(running: &mut Running, line: String, input: Input, mut sink: Sink<'_>) -> Result<Exit> {
+async fn pump(running: &mut Running, line: String, input: Input, sink: Sink<'_>) -> Result<Exit> {
     let Running { session, write, read, prelude, .. } = running;
     let Some(read) = read.as_mut() else { return Err(session.lost("before the command began")) };
     if write.exec(true, line).await.is_err() {
@@ -231,9 +296,9 @@ async fn pump(running: &mut Running, line: String, input: Input, mut sink: Sink<
     let feed = feed(Arc::clone(write), input);
     tokio::pin!(feed);
     let mut fed = false;
-    let (mut out, mut err) = (Lines::default(), Lines::default());
+    let mut outlet = Outlet::new(sink);
+    let patient = outlet.is_patient();
     let mut exit = None;
-    let patient = matches!(sink, Sink::Bytes { .. });
     loop {
         let next =
             async { if exit.is_none() || patient { read.wait().await } else { timeout(AFTER_EXIT, read.wait()).await.unwrap_or(None) } };
@@ -243,22 +308,8 @@ async fn pump(running: &mut Running, line: String, input: Input, mut sink: Sink<
         };
         match message {
             None => break,
-            Some(ChannelMsg::Data { data }) => {
-                let data = prelude.take(&data);
-                match &mut sink {
-                    Sink::Lines(on_line) => out.push(&data, |line| on_line(Stream::Stdout, line)),
-                    Sink::Bytes { .. } if data.is_empty() => {}
-                    Sink::Bytes { stdout, .. } => {
-                        if stdout.send(data.into_owned()).await.is_err() {
-                            return Err(Error::new(Code::Failed, "what the guest sent could not be taken"));
-                        }
-                    }
-                }
-            }
-            Some(ChannelMsg::ExtendedData { data, ext: 1 }) => match &mut sink {
-                Sink::Lines(on_line) => err.push(&data, |line| on_line(Stream::Stderr, line)),
-                Sink::Bytes { stderr, .. } => err.push(&data, |line| keep(stderr, line)),
-            },
+            Some(ChannelMsg::Data { data }) => outlet.take(Stream::Stdout, &prelude.take(&data)).await?,
+            Some(ChannelMsg::ExtendedData { data, ext: 1 }) => outlet.take(Stream::Stderr, &data).await?,
             Some(ChannelMsg::ExitStatus { exit_status }) => exit = Some(Exit::Status(exit_status)),
             Some(ChannelMsg::ExitSignal { signal_name: Sig::Custom(name), .. }) => exit = Some(Exit::Signal(name)),
             Some(ChannelMsg::ExitSignal { signal_name, .. }) => exit = Some(Exit::Signal(format!("{signal_name:?}"))),
@@ -266,13 +317,7 @@ async fn pump(running: &mut Running, line: String, input: Input, mut sink: Sink<
             Some(_) => {}
         }
     }
-    match &mut sink {
-        Sink::Lines(on_line) => {
-            out.finish(|line| on_line(Stream::Stdout, line));
-            err.finish(|line| on_line(Stream::Stderr, line));
-        }
-        Sink::Bytes { stderr, .. } => err.finish(|line| keep(stderr, line)),
-    }
+    outlet.finish();
     if !session.is_closed() {
         let _ = write.close().await;
     }

@@ -1,4 +1,4 @@
-//! Files and trees, as tar streams through a channel.
+//! Files and trees, as tar streams through a command's input and output.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -11,8 +11,7 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use tar::{EntryType, Header};
 use tokio::sync::mpsc;
 
-use crate::command::{Input, Sink};
-use crate::guest::SshGuest;
+use crate::command::{Input, Run, Sink};
 
 /// Bytes in one chunk, and how many chunks may wait: the whole of a transfer's
 /// memory.
@@ -25,7 +24,10 @@ const WAITING: usize = 8;
 ///
 /// Folders that are there keep their mode, and links to folders stay links:
 /// what a guest has already (`/`, `/lib`) is not the tree's to change.
-pub(crate) async fn upload(guest: &SshGuest, tree: &Tree, destination: &str) -> Result<()> {
+///
+/// # Errors
+/// As [`kiln_model::guest::Guest::upload`].
+pub async fn upload(guest: &dyn Run, tree: &Tree, destination: &str) -> Result<()> {
     let what = || format!("upload {} to {destination}", tree.root.display());
     let (folder, name) = if tree.is_folder() { (destination.to_owned(), None) } else { file_destination(tree, destination)? };
     let (folder_, target) = (quote(&folder), quote(destination));
@@ -175,7 +177,10 @@ impl Write for Chunks {
 
 /// Copies `source` out of the guest: a folder's contents, or a file, land
 /// below `destination`, which is made if it is missing.
-pub(crate) async fn download(guest: &SshGuest, source: &str, destination: &Path) -> Result<()> {
+///
+/// # Errors
+/// As [`kiln_model::guest::Guest::download`].
+pub async fn download(guest: &dyn Run, source: &str, destination: &Path) -> Result<()> {
     let what = || format!("download {source} to {}", destination.display());
     let trimmed = source.trim_end_matches('/');
     let (folder, name) = match trimmed.rsplit_once('/') {

@@ -15,7 +15,7 @@ use russh::client::Msg;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::command::{self, Input, Sink};
+use crate::command::{self, Input, Run, Sink};
 use crate::connect::{Target, reach};
 use crate::copy;
 use crate::session::Session;
@@ -38,6 +38,11 @@ pub struct SshGuest {
 impl SshGuest {
     pub(crate) fn new(target: Arc<Target>, session: Session) -> Self {
         Self { target, session: Mutex::new(Some(Arc::new(session))), turns: Semaphore::new(AT_A_TIME) }
+    }
+
+    /// A guest that is not connected to before something is asked of it.
+    pub fn unconnected(target: Target) -> Arc<Self> {
+        Arc::new(Self { target: Arc::new(target), session: Mutex::new(None), turns: Semaphore::new(AT_A_TIME) })
     }
 
     /// Takes leave of the guest. The next call would connect again.
@@ -87,13 +92,6 @@ impl SshGuest {
         }
     }
 
-    /// Runs a command with any input and output.
-    pub(crate) async fn run(&self, line: &str, input: Input, limit: Option<Duration>, sink: Sink<'_>) -> Result<Exit> {
-        let _turn = self.turns.acquire().await.trying(|| "run a command".into())?;
-        let (session, channel) = self.channel().await?;
-        command::run(&session, channel, &self.target.user, line, input, limit, sink).await
-    }
-
     /// The boot id, asked within `limit` over a connection made within
     /// `deadline`.
     async fn current_boot(&self, deadline: Duration, limit: Duration) -> Result<String> {
@@ -139,6 +137,15 @@ fn private_file(path: &Path, text: &str) -> Result<()> {
         std::fs::rename(&new, path)
     };
     write().trying(|| format!("write {}", path.display()))
+}
+
+#[async_trait]
+impl Run for SshGuest {
+    async fn run(&self, line: &str, input: Input, limit: Option<Duration>, sink: Sink<'_>) -> Result<Exit> {
+        let _turn = self.turns.acquire().await.trying(|| "run a command".into())?;
+        let (session, channel) = self.channel().await?;
+        command::run(&session, channel, &self.target.user, line, input, limit, sink).await
+    }
 }
 
 #[async_trait]

@@ -14,7 +14,7 @@
 
 mod command;
 mod connect;
-mod copy;
+pub mod copy;
 mod guest;
 mod keys;
 mod lines;
@@ -22,6 +22,7 @@ mod session;
 #[cfg(feature = "testing")]
 pub mod testing;
 
+pub use command::{Input, Outlet, Run, Sink};
 pub use connect::{Target, connect};
 pub use guest::SshGuest;
 pub use keys::Keys;

@@ -217,6 +217,17 @@ impl ImageSink for Store {
         self.import(&base.disk, &config, &annotations, progress).map(|(_, record)| record)
     }
 
+    fn name_again(&self, name: &str, version: &str, image: &Digest) -> Result<Option<Digest>> {
+        let to = Reference { registry: None, name: name.to_owned(), pointer: Pointer::Tag(Some(version.to_owned())) };
+        match self.resolve(&to) {
+            Ok(there) if there == *image => return Ok(None),
+            Err(error) if error.kind() != Code::NotFound => return Err(error),
+            _ => {}
+        }
+        let from = Reference { registry: None, name: name.to_owned(), pointer: Pointer::Digest(*image) };
+        Ok(self.tag(&from, &to)?.map(|moved| moved.from))
+    }
+
     fn predecessor(&self, name: &str) -> Result<Option<DiskRecord>> {
         let reference = Reference { registry: None, name: name.to_owned(), pointer: Pointer::Tag(None) };
         match self.resolve(&reference) {

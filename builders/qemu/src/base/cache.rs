@@ -135,6 +135,7 @@ pub(crate) struct Draft {
 }
 
 const DISK: &str = "disk";
+const DOWNLOADS: &str = "downloads";
 const CARD: &str = "base.json";
 
 impl Draft {
@@ -315,6 +316,39 @@ pub(crate) fn prune(cache: &Path, dry_run: bool) -> Result<u64> {
             if !dry_run {
                 remove_path(&folder)?;
             }
+        }
+    }
+    Ok(freed)
+}
+
+/// Where the part of a download for the shelf `id` is kept, so that the next run
+/// goes on with it. The shelf's id is in its name: whoever holds that shelf's
+/// [`Shelf::making`] has the part too. `source` tells one address from another.
+pub(crate) fn part(cache: &Path, id: &str, source: &str) -> PathBuf {
+    cache.join(DOWNLOADS).join(format!("{id}.{}.part", Digest::of(source).short()))
+}
+
+/// Removes the parts of downloads that nobody goes on with now; gives the bytes
+/// that this frees on disk.
+///
+/// # Errors
+/// When the cache cannot be read or a part cannot be removed.
+pub(crate) fn prune_downloads(cache: &Path, dry_run: bool) -> Result<u64> {
+    let downloads = cache.join(DOWNLOADS);
+    let entries = match std::fs::read_dir(&downloads) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        entries => entries.trying(|| format!("read {}", downloads.display()))?,
+    };
+    let mut freed = 0;
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split('.').next()).unwrap_or_default();
+        let making = File::open(cache.join("bases").join(id).join("making"));
+        if making.as_ref().is_ok_and(|lock| lock.try_lock().is_err()) {
+            continue;
+        }
+        freed += size_on_disk(&path);
+        if !dry_run {
+            remove_path(&path)?;
         }
     }
     Ok(freed)

@@ -56,13 +56,22 @@ pub fn kinds(cache: PathBuf, site: Site) -> Vec<Box<dyn Kind<dyn BaseSource>>> {
     ]
 }
 
-/// Removes every base below `cache` that nobody makes or uses; gives the bytes
-/// that this frees on disk. They are made again when they are needed.
+/// Bytes on disk that [`prune`] freed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// Of bases.
+    pub bases: u64,
+    /// Of downloads that came in part.
+    pub downloads: u64,
+}
+
+/// Removes every base below `cache` that nobody makes or uses, and the parts of
+/// downloads. They are made again when they are needed.
 ///
 /// # Errors
 /// When the cache cannot be read or a base cannot be removed.
-pub fn prune(cache: &Path, dry_run: bool) -> Result<u64> {
-    cache::prune(cache, dry_run)
+pub fn prune(cache: &Path, dry_run: bool) -> Result<Pruned> {
+    Ok(Pruned { bases: cache::prune(cache, dry_run)?, downloads: cache::prune_downloads(cache, dry_run)? })
 }
 
 /// What a file that is to be a base turned out to be.

@@ -15,7 +15,7 @@ use kiln_model::settings::{Entry, Node, Problems, Reader};
 use kiln_model::{Code, Digest, Error, Result, ResultExt as _};
 use reqwest::Url;
 
-use super::cache::{Card, Made, Shelf};
+use super::cache::{self, Card, Made, Shelf};
 use super::checksum::{self, Checksum, Hasher};
 use super::download::{Downloader, digest_into, mismatch};
 use super::http::{Patience, is_loopback, shown};
@@ -172,10 +172,7 @@ struct UrlSource {
 
 impl UrlSource {
     fn found(&self, checksum: &Checksum) -> &Found {
-        self.found.get_or_init(|| {
-            let id = format!("{}-{}", checksum.algorithm.name(), checksum.hex);
-            Found { checksum: checksum.clone(), shelf: Shelf::new(&self.cache, &id) }
-        })
+        self.found.get_or_init(|| Found { checksum: checksum.clone(), shelf: Shelf::new(&self.cache, &shelf_id(checksum)) })
     }
 
     async fn find(&self, context: &Context) -> Result<&Found> {
@@ -237,6 +234,11 @@ impl UrlSource {
     }
 }
 
+/// What a base is called in the cache.
+fn shelf_id(checksum: &Checksum) -> String {
+    format!("{}-{}", checksum.algorithm.name(), checksum.hex)
+}
+
 async fn digest(path: &Path, like: &Checksum, context: &Context) -> Result<Checksum> {
     let what = || format!("read {}", path.display());
     let mut file = File::open(path).trying(what)?;
@@ -283,10 +285,10 @@ impl BaseSource for UrlSource {
         {
             return self.base(&made);
         }
-        let downloads = self.cache.join("downloads");
-        std::fs::create_dir_all(&downloads).trying(|| format!("make {}", downloads.display()))?;
         // Not registered for removal: what came is what the next run goes on with.
-        let part = downloads.join(format!("{}.part", Digest::of(format!("{}\n{checksum}", self.url)).hex()));
+        let part = cache::part(&self.cache, &shelf_id(checksum), self.url.as_str());
+        let downloads = part.parent().unwrap_or(&self.cache);
+        std::fs::create_dir_all(downloads).trying(|| format!("make {}", downloads.display()))?;
         self.get(checksum, &part, context).await?;
         let draft = shelf.draft(context)?;
         std::fs::rename(&part, draft.disk()).trying(|| format!("move {}", part.display()))?;

@@ -30,7 +30,7 @@ pub(crate) struct Seal<'a> {
 }
 
 /// Which step put what where the seal removes things.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Traces {
     /// Path → checksum and size.
     files: BTreeMap<String, String>,

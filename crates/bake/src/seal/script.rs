@@ -7,16 +7,20 @@ use super::rules::{Action, RULES};
 
 /// Removes everything that the rules name, but what `keep` holds, then gives
 /// free blocks back to the disk.
+///
+/// Starting a program costs a guest under emulation a twentieth of a second, so
+/// that the shell's own words find what has to go, and one `rm` removes it.
 pub(super) fn sweep(keep: &[String]) -> String {
+    let keep: Vec<&str> = keep.iter().map(|path| path.trim_end_matches('/')).collect();
     let mut script = String::from("kept() {\n  case \"$1\" in\n");
-    for path in keep {
-        let path = quote(path.trim_end_matches('/'));
+    for path in &keep {
+        let path = quote(path);
         script.push_str(&format!("    {path}|{path}/*) return 0 ;;\n"));
     }
     // A folder that holds something kept cannot go as a whole.
     script.push_str("  esac\n  return 1\n}\nholds_kept() {\n  case \"$1\" in\n");
-    for path in keep {
-        let mut above = path.trim_end_matches('/');
+    for path in &keep {
+        let mut above = *path;
         while let Some((parent, _)) = above.rsplit_once('/') {
             if parent.is_empty() {
                 break;
@@ -28,24 +32,32 @@ pub(super) fn sweep(keep: &[String]) -> String {
     script.push_str(
         "  esac\n  return 1\n}\n\
          remove() {\n  kept \"$1\" && return\n  [ -e \"$1\" ] || [ -L \"$1\" ] || return\n  \
-         if [ -d \"$1\" ] && [ ! -L \"$1\" ] && holds_kept \"$1\"; then empty \"$1\"; else rm -rf -- \"$1\"; fi\n}\n\
-         empty() {\n  [ -d \"$1\" ] || return\n  for e in \"$1\"/* \"$1\"/.[!.]* \"$1\"/..?*; do remove \"$e\"; done\n}\n\
-         files() {\n  [ -d \"$1\" ] || return\n  find \"$1\" -xdev -type f | while IFS= read -r e; do kept \"$e\" || rm -f -- \"$e\"; done\n}\n\
-         truncate_() {\n  kept \"$1\" || { [ -f \"$1\" ] && : > \"$1\"; }\n}\n",
+         if [ -d \"$1\" ] && [ ! -L \"$1\" ] && holds_kept \"$1\"; then empty \"$1\"; else printf '%s\\0' \"$1\"; fi\n}\n\
+         empty() {\n  [ -d \"$1\" ] || return\n  for e in \"$1\"/* \"$1\"/.[!.]* \"$1\"/..?*; do remove \"$e\"; done\n}\n",
     );
-    for rule in RULES {
-        let verb = match rule.action {
-            Action::Remove => "remove",
-            Action::Empty => "empty",
-            Action::Files => "files",
-            Action::Truncate => "truncate_",
-        };
-        for pattern in rule.patterns {
-            script.push_str(&format!("for p in {pattern}; do {verb} \"$p\"; done\n"));
-        }
-    }
+    let each = |action: Action, act: &str| -> String {
+        let patterns = RULES.iter().filter(|rule| rule.action == action).flat_map(|rule| rule.patterns);
+        patterns.map(|pattern| format!("for p in {pattern}; do {act}; done\n")).collect()
+    };
+    script.push_str(&each(Action::Truncate, "kept \"$p\" || [ ! -f \"$p\" ] || : > \"$p\""));
+    script.push_str(&each(Action::Files, "[ -d \"$p\" ] && set -- \"$@\" \"$p\""));
+    script.push_str("{\n");
+    script.push_str(&each(Action::Remove, "remove \"$p\""));
+    script.push_str(&each(Action::Empty, "empty \"$p\""));
+    let others: String = keep
+        .iter()
+        .flat_map(|path| [literal(path), format!("{}/*", literal(path))])
+        .map(|path| format!(" ! -path {}", quote(&path)))
+        .collect();
+    script.push_str(&format!("[ $# = 0 ] || find \"$@\" -xdev -type f{others} -print0\n"));
+    script.push_str("} | xargs -0 -r rm -rf --\n");
     script.push_str("sync\ncommand -v fstrim >/dev/null 2>&1 && fstrim / 2>/dev/null\n:\n");
     script
+}
+
+/// A path as `find -path` takes it.
+fn literal(path: &str) -> String {
+    path.chars().flat_map(|c| "*?[]\\".contains(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
 /// What runs in the guest that still works: writes `/etc/kiln-release`, sees
@@ -56,33 +68,34 @@ pub(super) fn sweep(keep: &[String]) -> String {
 pub(super) fn prepare(release: &str, keep: &[String]) -> String {
     let sweep = sweep(keep);
     let release = quote(release);
-    // The sweep runs in a shell that has no file open: with the script itself
-    // open and deleted, the root file system could not be made read-only again.
-    let last = quote(&format!("{sweep}sync\nmount -o remount,ro /\n"));
+    // The sweep, which removes this file too, runs in a shell that has no file
+    // open: with the script itself open and deleted, the root file system could
+    // not be made read-only again.
+    let last = quote(&format!("{sweep}mount -o remount,ro /\n"));
     let own = quote(&format!(
         "#!/bin/sh\n\
          # Left by kiln for the one shutdown that seals the image; removes itself.\n\
          PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
          export PATH\n\
          mount -o remount,rw / || exit 0\n\
-         rm -f \"$0\"\nexec sh -c {last}\n"
+         exec sh -c {last}\n"
     ));
     let now = quote(&sweep);
     let unit = quote(HOST_KEYS_UNIT);
     format!(
-        "set -e\n\
-         printf %s {release} > /etc/kiln-release\nchmod 644 /etc/kiln-release\n\
-         rm -rf /run/kiln/secrets\n\
+        "set -e\numask 022\n\
+         printf %s {release} > /etc/kiln-release\n\
+         [ ! -d /run/kiln/secrets ] || rm -rf /run/kiln/secrets\n\
          if command -v systemctl >/dev/null 2>&1 && [ -d /run/systemd/system ]; then\n\
          \x20 if command -v sshd >/dev/null 2>&1 && command -v ssh-keygen >/dev/null 2>&1 \\\n\
          \x20   && ! grep -rlqs 'ssh-keygen -A\\|sshd-keygen' /etc/systemd/system /usr/lib/systemd/system /lib/systemd/system; then\n\
          \x20   printf %s {unit} > /etc/systemd/system/kiln-host-keys.service\n\
-         \x20   systemctl enable kiln-host-keys.service >/dev/null 2>&1\n\
+         \x20   systemctl --no-reload enable kiln-host-keys.service >/dev/null 2>&1\n\
          \x20 fi\n\
          \x20 for d in /usr/lib/systemd/system-shutdown /lib/systemd/system-shutdown; do [ -d \"$d\" ] && break; done\n\
-         \x20 mkdir -p \"$d\"\n\
+         \x20 [ -d \"$d\" ] || mkdir -p \"$d\"\n\
          \x20 printf %s {own} > \"$d/kiln-seal\"\n  chmod 755 \"$d/kiln-seal\"\n\
-         else\n  sh -c {now}\nfi\nsync\n"
+         else\n  sh -c {now}\n  sync\nfi\n"
     )
 }
 
@@ -106,7 +119,10 @@ WantedBy=multi-user.target\n";
 /// the seal removes things, with spaces in paths kept.
 pub(super) fn inventory() -> String {
     let patterns: Vec<&str> = RULES.iter().filter(|rule| rule.precious).flat_map(|rule| rule.patterns).copied().collect();
-    format!("for p in {}; do [ -e \"$p\" ] && find \"$p\" -type f -exec cksum {{}} +; done 2>/dev/null; :", patterns.join(" "))
+    format!(
+        "for p in {}; do [ -e \"$p\" ] && set -- \"$@\" \"$p\"; done; [ $# = 0 ] || find \"$@\" -type f -exec cksum {{}} + 2>/dev/null; :",
+        patterns.join(" ")
+    )
 }
 
 #[cfg(test)]

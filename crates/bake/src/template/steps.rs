@@ -254,6 +254,7 @@ impl Loader<'_> {
             if let Some(provisioner) = draft.provisioner.filter(|_| draft.kept) {
                 let common = draft.settings.common(name);
                 let cache = draft.settings.cache.unwrap_or(max_age);
+                let cache = if provisioner.takes_out() { Cache::Never } else { cache };
                 steps.push(StepSpec { common, provisioner, cache, checkpoint: draft.settings.checkpoint, place: draft.place });
             }
         }

@@ -89,6 +89,25 @@ async fn what_is_remembered_is_given_back() {
     assert_eq!(shelf.take().unwrap().unwrap().card.disk, Some(digest));
 }
 
+#[tokio::test]
+async fn the_part_of_a_download_goes_unless_somebody_goes_on_with_it() {
+    let home = tempfile::tempdir().unwrap();
+    let (busy, idle) = (part(home.path(), "sha256-aa", "http://a"), part(home.path(), "sha256-bb", "http://b"));
+    assert_ne!(busy, part(home.path(), "sha256-aa", "http://b"));
+    assert_eq!(prune_downloads(home.path(), false).unwrap(), 0);
+    std::fs::create_dir_all(busy.parent().unwrap()).unwrap();
+    for path in [&busy, &idle, &idle.with_extension("part.json")] {
+        std::fs::write(path, vec![1; 5000]).unwrap();
+    }
+    let (context, _) = context(home.path(), "one");
+    let _making = Shelf::new(home.path(), "sha256-aa").making("x", &context).await.unwrap();
+    drop(Shelf::new(home.path(), "sha256-bb").making("x", &context).await.unwrap());
+    assert_eq!(prune_downloads(home.path(), true).unwrap(), 2 * size_on_disk(&idle));
+    assert!(idle.exists());
+    assert!(prune_downloads(home.path(), false).unwrap() >= 10_000);
+    assert_eq!((busy.exists(), idle.exists()), (true, false));
+}
+
 #[test]
 fn ages() {
     for (seconds, expected) in [(1, "1 second"), (100, "1 minute"), (7200, "2 hours"), (300_000, "3 days")] {

@@ -132,7 +132,7 @@ put /etc/default/grub <<E
 GRUB_DEFAULT=0
 GRUB_TIMEOUT=0
 GRUB_DISTRIBUTOR=Debian
-GRUB_CMDLINE_LINUX_DEFAULT=""
+GRUB_CMDLINE_LINUX_DEFAULT="quiet"
 GRUB_CMDLINE_LINUX="$cmdline"
 GRUB_TERMINAL="console serial"
 GRUB_SERIAL_COMMAND="serial --unit=0 --speed=115200"
@@ -147,7 +147,7 @@ set default=0
 set timeout=0
 menuentry 'Debian GNU/Linux' {
 	search --no-floppy --fs-uuid --set=root $KILN_ROOT_UUID
-	linux /vmlinuz root=UUID=$KILN_ROOT_UUID ro $cmdline
+	linux /vmlinuz root=UUID=$KILN_ROOT_UUID ro $cmdline quiet
 	initrd /initrd.img
 }
 E

@@ -131,7 +131,7 @@ impl Builder for Fake {
     fn kind(&self) -> &'static str {
         self.kind
     }
-    async fn memory_key(&self, _: &Key) -> Result<Option<Key>> {
+    async fn memory_key(&self, _: &Key, _: &Base, _: &Context) -> Result<Option<Key>> {
         Ok(None)
     }
     async fn start(&self, _: &Base, _: &Start, _: &Context) -> Result<Box<dyn Machine>> {
