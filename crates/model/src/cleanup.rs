@@ -4,12 +4,15 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Mutex;
+use std::task::Poll;
 use std::time::Duration;
 
 use crate::error::{Code, Error, Result};
 use crate::ledger::{Intent, Ledger, Resource};
 
-type Undo = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send>;
+/// Does nothing before it is polled; and goes on where it was when whoever
+/// polled it stops waiting and another takes over.
+type Undo = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 
 /// Names one registered undo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +50,7 @@ impl Scope {
         Fut: Future<Output = Result<()>> + Send + 'static,
     {
         let intent = self.ledger.intend(resource)?;
-        self.lock().push(Pending { intent, what: what.to_owned(), deadline, undo: Box::new(|| Box::pin(undo())) });
+        self.lock().push(Pending { intent, what: what.to_owned(), deadline, undo: Box::pin(async move { undo().await }) });
         Ok(Ticket(intent))
     }
 
@@ -73,7 +76,8 @@ impl Scope {
         self.ledger.amend(ticket.0, resource)
     }
 
-    /// Runs one undo now.
+    /// Runs one undo now. When this future is dropped before its end, the undo
+    /// is among those that are left, and goes on where it was.
     ///
     /// # Errors
     /// Those of the undo; it then stays in the ledger for `kiln reap`.
@@ -97,6 +101,33 @@ impl Scope {
         self.ledger.strike(ticket.0)
     }
 
+    /// Takes undos out of the scope until it is decided whether their resources
+    /// stay; `None` when one of them is not there any more, since it is being
+    /// undone. What is withheld is undone by nobody here, and stays in the ledger.
+    pub fn withhold(&self, tickets: &[Ticket]) -> Option<Withheld> {
+        let mut all = self.lock();
+        let there = |ticket: &Ticket| all.iter().any(|pending| pending.intent == ticket.0);
+        if !tickets.iter().all(there) {
+            return None;
+        }
+        let (held, left) = std::mem::take(&mut *all).into_iter().partition(|pending| tickets.contains(&Ticket(pending.intent)));
+        *all = left;
+        Some(Withheld(held))
+    }
+
+    /// What was withheld stays: its undos are forgotten.
+    ///
+    /// # Errors
+    /// When the ledger cannot be written.
+    pub fn stays(&self, withheld: Withheld) -> Result<()> {
+        withheld.0.into_iter().try_for_each(|pending| self.ledger.strike(pending.intent))
+    }
+
+    /// What was withheld is undone with the rest.
+    pub fn give_back(&self, withheld: Withheld) {
+        withheld.0.into_iter().for_each(|pending| self.put_back(pending));
+    }
+
     /// Runs every undo that is left, newest first; gives what failed.
     pub async fn unwind(&self) -> Vec<Error> {
         let mut failed = Vec::new();
@@ -115,8 +146,11 @@ impl Scope {
     }
 
     async fn run(&self, pending: Pending) -> Result<()> {
-        let Pending { intent, what, deadline, undo } = pending;
-        match tokio::time::timeout(deadline, undo()).await {
+        let mut under_way = UnderWay { scope: self, pending: Some(pending) };
+        let deadline = under_way.pending.as_ref().map_or(Duration::ZERO, |pending| pending.deadline);
+        let undone = tokio::time::timeout(deadline, std::future::poll_fn(|context| under_way.poll(context))).await;
+        let Some(Pending { intent, what, .. }) = under_way.pending.take() else { return Ok(()) };
+        match undone {
             Ok(Ok(())) => self.ledger.strike(intent),
             Ok(Err(error)) => Err(Error::new(Code::Failed, format!("clean-up failed: {what}")).because(error).next("run `kiln reap`")),
             Err(_) => {
@@ -125,8 +159,40 @@ impl Scope {
         }
     }
 
+    fn put_back(&self, pending: Pending) {
+        let mut all = self.lock();
+        let at = all.iter().position(|other| other.intent > pending.intent).unwrap_or(all.len());
+        all.insert(at, pending);
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Pending>> {
         self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Undos of which it is being decided whether they are needed.
+pub struct Withheld(Vec<Pending>);
+
+/// An undo that is running; dropped before its end, it is left to others.
+struct UnderWay<'a> {
+    scope: &'a Scope,
+    pending: Option<Pending>,
+}
+
+impl UnderWay<'_> {
+    fn poll(&mut self, context: &mut std::task::Context<'_>) -> Poll<Result<()>> {
+        match &mut self.pending {
+            Some(pending) => pending.undo.as_mut().poll(context),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            self.scope.put_back(pending);
+        }
     }
 }
 
@@ -172,6 +238,64 @@ mod tests {
         drop(scope);
         let left = crate::ledger::orphans(folder.path()).unwrap();
         assert_eq!(left[0].left, [Resource::Path { path: "/1".into() }]);
+    }
+
+    #[tokio::test]
+    async fn what_is_withheld_is_decided_upon_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = Scope::new(Ledger::create(folder.path(), "b").unwrap());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let tickets: Vec<Ticket> = (0..4)
+            .map(|n| {
+                let order = order.clone();
+                let undo = move || async move {
+                    order.lock().unwrap().push(n);
+                    Ok(())
+                };
+                scope.before(Resource::Path { path: format!("/{n}").into() }, "x", Duration::from_secs(1), undo).unwrap()
+            })
+            .collect();
+        let stays = scope.withhold(&tickets[..1]).unwrap();
+        let goes = scope.withhold(&tickets[1..3]).unwrap();
+        assert!(scope.withhold(&tickets[2..]).is_none(), "one of them is withheld already");
+        scope.stays(stays).unwrap();
+        scope.give_back(goes);
+        assert!(scope.unwind().await.is_empty());
+        assert_eq!(*order.lock().unwrap(), [3, 2, 1]);
+        assert!(scope.withhold(&tickets[3..]).is_none(), "it is undone");
+        scope.close();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_undo_that_was_dropped_half_way_is_finished() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = Scope::new(Ledger::create(folder.path(), "b").unwrap());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let (half, full) = (Arc::new(tokio::sync::Notify::new()), Arc::new(tokio::sync::Notify::new()));
+        let mut tickets = Vec::new();
+        for n in 0..3 {
+            let (order, half, full) = (order.clone(), half.clone(), full.clone());
+            let path = Resource::Path { path: format!("/{n}").into() };
+            let undo = move || async move {
+                if n == 1 {
+                    half.notify_one();
+                    full.notified().await;
+                }
+                order.lock().unwrap().push(n);
+                Ok(())
+            };
+            tickets.push(scope.before(path, "x", Duration::from_secs(5), undo).unwrap());
+        }
+        tokio::select! {
+            done = scope.undo(tickets[1]) => panic!("{done:?}"),
+            () = half.notified() => {}
+        }
+        full.notify_one();
+        assert!(scope.unwind().await.is_empty());
+        assert_eq!(*order.lock().unwrap(), [2, 1, 0]);
+        scope.close();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[tokio::test(start_paused = true)]

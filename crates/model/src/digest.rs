@@ -102,16 +102,19 @@ impl FromStr for Digest {
     fn from_str(text: &str) -> Result<Self, NotADigest> {
         let wrong = || NotADigest(text.to_owned());
         let digits = text.strip_prefix("sha256:").ok_or_else(wrong)?;
-        if digits.len() != 64 || !digits.is_ascii() {
+        if digits.len() != 64 {
             return Err(wrong());
         }
+        // By hand: a list of images reads a quarter of a million of them.
+        let digit = |byte: u8| match byte {
+            b'0'..=b'9' => Some(byte - b'0'),
+            b'a'..=b'f' => Some(byte - b'a' + 10),
+            _ => None,
+        };
         let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits.as_bytes().chunks(2)) {
-            let pair = std::str::from_utf8(pair).map_err(|_| wrong())?;
-            if pair.bytes().any(|b| !matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-                return Err(wrong());
-            }
-            *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
+        for (byte, pair) in bytes.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
+            let both = pair.iter().try_fold(0, |value, byte| digit(*byte).map(|digit| value << 4 | digit));
+            *byte = both.ok_or_else(wrong)?;
         }
         Ok(Self(bytes))
     }

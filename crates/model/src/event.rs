@@ -64,8 +64,9 @@ pub struct Baked {
     pub arch: String,
     /// Digest of the manifest.
     pub digest: Digest,
-    /// Digest of the root disk's blocks (`kiln-disk-v1`).
-    pub disk_digest: Digest,
+    /// Digest of the root disk's blocks (`kiln-disk-v1`); none where the disk
+    /// is at a cloud alone.
+    pub disk_digest: Option<Digest>,
     /// The steps, in order.
     pub steps: Vec<StepReport>,
     /// What was made elsewhere: AMIs, snapshots, pushed references.

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::image::CloudImage;
 use crate::key::Part;
 use crate::{Digest, Key};
 
@@ -23,7 +24,7 @@ pub struct Record {
     pub finished: u64,
     /// What the template called the base.
     pub base_label: String,
-    /// Disk digest of the base.
+    /// Disk digest of the base, or what stands for it.
     pub base: Digest,
     /// Key of the machine before its first step.
     pub start: Key,
@@ -38,14 +39,25 @@ pub struct Record {
     pub seal_parts: Vec<Part>,
     /// Seconds that sealing, stopping, checking and the snapshot took.
     pub seal_seconds: f64,
+    /// Whether kiln could read the sealed disk and found it clean. None: the
+    /// record is of a kiln that did not say.
+    #[serde(default)]
+    pub checked: Option<bool>,
     /// Key of the tests that the image has passed; none where none were run.
     pub tests: Option<Key>,
     /// Seconds that the tests took.
     pub test_seconds: f64,
     /// Digest of the image's manifest.
     pub image: Digest,
-    /// Digest of its root disk.
-    pub disk: Digest,
+    /// Digest of its root disk; none where that is at a cloud alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Digest>,
+    /// What it was captured as at a cloud.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cloud: Vec<CloudImage>,
+    /// Whether the base is at a cloud.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub base_at_cloud: bool,
 }
 
 /// One step of it.

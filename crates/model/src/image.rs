@@ -57,7 +57,7 @@ pub struct Config {
     pub credentials: bool,
     /// Its disks.
     pub disks: Vec<DiskConfig>,
-    /// Disk digest of the base.
+    /// Disk digest of the base; [`CloudImage::identity`] of one that is at a cloud.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Digest>,
     /// The steps that made it.
@@ -69,6 +69,50 @@ pub struct Config {
     /// Labels from the template.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What it was captured as, where it was baked at a cloud. Then its disks
+    /// are listed only if their blocks were read back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cloud: Vec<CloudImage>,
+}
+
+/// An image that a cloud keeps. Clouds never change one under its id, so the
+/// id stands for its content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloudImage {
+    /// Which builder knows it (`ec2`).
+    pub builder: String,
+    /// Where it is (`eu-central-1`).
+    pub region: String,
+    /// Its id (`ami-0123456789abcdef0`).
+    pub id: String,
+    /// Size of its root disk in bytes, as the cloud counts it.
+    pub size: u64,
+    /// The snapshots behind its disks, that of the root disk first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<String>,
+}
+
+impl CloudImage {
+    /// What stands in keys for a disk that nobody here has read: SHA-256 over
+    /// the line `kiln-cloud-image-v1 <builder> <id>\n`. Ids are unique across
+    /// regions.
+    pub fn identity(&self) -> Digest {
+        cloud_identity(&self.builder, &self.id)
+    }
+}
+
+/// [`CloudImage::identity`], where no more than the id is known.
+pub fn cloud_identity(builder: &str, id: &str) -> Digest {
+    Digest::of(format!("kiln-cloud-image-v1 {builder} {id}\n"))
+}
+
+impl Config {
+    /// What images that are baked from this one name as their base: the digest
+    /// of the root disk, or, without a disk, what stands for it.
+    pub fn as_base(&self) -> Option<Digest> {
+        let disk = self.disks.iter().find(|disk| disk.root).map(|disk| disk.digest);
+        disk.or_else(|| self.cloud.first().map(CloudImage::identity))
+    }
 }
 
 /// One disk in the config.

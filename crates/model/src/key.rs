@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::Digest;
+use crate::account::Input;
 use crate::digest::NotADigest;
 
 /// Version of the way keys are made. A change makes every cached thing miss.
@@ -57,16 +58,18 @@ pub struct Part {
     pub digest: String,
 }
 
-/// Builds a [`Key`] field by field, and remembers its parts.
+/// Builds a [`Key`] field by field, and remembers its parts and the files that
+/// went into it.
 pub struct KeyHasher {
     hash: Sha256,
     parts: Vec<Part>,
+    inputs: Vec<Input>,
 }
 
 impl KeyHasher {
     /// A hasher for one kind of key (`"step"`, `"seal"`, `"memory"`).
     pub fn new(kind: &str) -> Self {
-        let mut hasher = Self { hash: Sha256::new(), parts: Vec::new() };
+        let mut hasher = Self { hash: Sha256::new(), parts: Vec::new(), inputs: Vec::new() };
         hasher.hidden("format", FORMAT).hidden("kind", kind);
         hasher
     }
@@ -93,6 +96,17 @@ impl KeyHasher {
         let digest = Digest::of(value).hex()[..16].to_owned();
         self.parts.push(Part { name: name.into(), digest });
         self
+    }
+
+    /// Remembers a file under a name for people; the key is not changed by it.
+    pub fn input(&mut self, name: impl Into<String>, digest: Digest) -> &mut Self {
+        self.inputs.push(Input { name: name.into(), digest });
+        self
+    }
+
+    /// The files that were remembered, in order.
+    pub fn take_inputs(&mut self) -> Vec<Input> {
+        std::mem::take(&mut self.inputs)
     }
 
     /// Adds named values whose order means nothing; each is a part.

@@ -207,6 +207,28 @@ pub fn orphans(folder: &Path) -> Result<Vec<Orphan>> {
     Ok(found)
 }
 
+/// The ids of the bakes that are alive: whose ledgers in `folder` somebody holds.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn running(folder: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+        Err(error) => return Err(error).trying(|| format!("read the ledgers in {}", folder.display())),
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let Some(bake) = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".jsonl")) else { continue };
+        let Ok(file) = File::open(&path) else { continue };
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            found.push(bake.to_owned());
+        }
+    }
+    Ok(found)
+}
+
 fn left_in(text: &str) -> Vec<Resource> {
     let mut live = BTreeMap::new();
     for line in text.lines() {
@@ -241,7 +263,9 @@ mod tests {
         ledger.amend(three, path("/three-known")).unwrap();
         ledger.strike(one).unwrap();
         assert!(orphans(folder.path()).unwrap().is_empty());
+        assert_eq!(running(folder.path()).unwrap(), ["b1"]);
         drop(ledger);
+        assert!(running(folder.path()).unwrap().is_empty());
         let mut found = orphans(folder.path()).unwrap();
         let orphan = found.pop().unwrap();
         assert_eq!(orphan.left, [path("/three-known"), path("/two")]);

@@ -14,6 +14,7 @@
 //! Data flows from left to right only, and every arrow is a trait in this
 //! crate, so that the parts on its two ends never see each other.
 
+pub mod account;
 pub mod base;
 pub mod block;
 pub mod channel;

@@ -1,19 +1,22 @@
 //! Builders and machines. Snapshotting a machine that still runs does not
 //! compile: [`Machine::stop`] consumes it and gives what can be captured.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::Digest;
 use crate::base::{Base, DiskFile};
 use crate::block::BlockSource;
 use crate::checkpoint::{Checkpoint, Slot, Written};
-use crate::cleanup::Scope;
+use crate::cleanup::{Scope, Ticket};
 use crate::error::{Error, Result};
 use crate::event::Reports;
 use crate::guest::Guest;
+use crate::image::CloudImage;
 use crate::key::Key;
 
 /// What a builder is told of the bake it works for.
@@ -41,6 +44,9 @@ pub struct Start {
     pub user_data: Option<Vec<u8>>,
     /// Whether checkpoints will be made of it: it then gets whatever that takes.
     pub checkpoints: bool,
+    /// Disk digest of a base that is a file here: by it a cloud knows the image
+    /// that was published of that disk.
+    pub disk_digest: Option<Digest>,
 }
 
 /// One forwarded port.
@@ -57,6 +63,26 @@ pub struct Port {
 pub trait Builder: Send + Sync {
     /// Its kind, as the template names it (`qemu`).
     fn kind(&self) -> &'static str;
+
+    /// Whether its machines are at a cloud. What is baked there is an image of
+    /// that cloud, and no bake elsewhere takes it for its own.
+    fn at_cloud(&self) -> bool {
+        false
+    }
+
+    /// The region of that cloud, where the template says one.
+    fn region(&self) -> Option<&str> {
+        None
+    }
+
+    /// Whether images that an earlier bake captured are still where this
+    /// builder would leave them: all of them, and in all regions.
+    ///
+    /// # Errors
+    /// When that cannot be asked.
+    async fn still_there(&self, _images: &[CloudImage], _context: &Context) -> Result<bool> {
+        Ok(true)
+    }
 
     /// Bytes of this machine's memory that one of its machines takes; nothing
     /// where they run elsewhere.
@@ -90,6 +116,21 @@ pub trait Builder: Send + Sync {
     /// [`crate::Code::DigestMismatch`] when it is damaged; and as
     /// [`Builder::start`].
     async fn resume(&self, base: &Base, checkpoint: &Checkpoint, start: &Start, context: &Context) -> Result<Option<Box<dyn Machine>>>;
+
+    /// What of a checkpoint means the same on another machine that has the
+    /// same base: its disk, and never its memory. `None` where nothing does.
+    fn portable(&self, _checkpoint: &Checkpoint) -> Option<Portable> {
+        None
+    }
+}
+
+/// What of a checkpoint can go to another machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Portable {
+    /// Which of its files, by their names.
+    pub files: Vec<String>,
+    /// The builder's words about them, to be given back with them.
+    pub note: serde_json::Value,
 }
 
 /// The thing being baked, while it runs.
@@ -152,8 +193,62 @@ pub trait Stopped: Send + Sync {
     async fn files(&self) -> Result<Option<Box<dyn Files>>>;
 
     /// Its root disk as something to start throwaway machines from; valid as
-    /// long as `self`.
-    fn disk(&self) -> DiskFile;
+    /// long as `self`. `None` where it is at a cloud.
+    fn disk(&self) -> Option<DiskFile>;
+
+    /// The same machine as what it is where it stopped at a cloud: something
+    /// to be captured there.
+    fn at_cloud(&mut self) -> Option<&mut dyn AtCloud> {
+        None
+    }
+}
+
+/// What is told of an image when it is captured at a cloud.
+#[derive(Debug, Clone)]
+pub struct Naming {
+    /// Image name.
+    pub name: String,
+    /// Image version.
+    pub version: String,
+    /// Source commit.
+    pub commit: Option<String>,
+    /// Labels from the template.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A machine that has stopped at a cloud. Its image is made there, and undone
+/// with the bake's scope until a store has recorded it.
+#[async_trait]
+pub trait AtCloud: Send + Sync {
+    /// Makes an image of it where it is, waits until it can be used, and ends
+    /// the machine. The image is valid as a base for throwaway machines.
+    /// [`Stopped::blocks`] reads it back from then on.
+    ///
+    /// # Errors
+    /// When the cloud refuses or takes too long.
+    async fn capture(&mut self, naming: &Naming) -> Result<CloudImage>;
+
+    /// Makes of the captured image what the builder's settings want: copies in
+    /// other regions, others who may use it. Gives all of them, the first one
+    /// first.
+    ///
+    /// # Errors
+    /// When the cloud refuses or takes too long.
+    async fn spread(&mut self) -> Result<Vec<CloudImage>>;
+
+    /// Marks the images as finished, just before a store records them.
+    ///
+    /// # Errors
+    /// When the cloud refuses.
+    async fn finish(&mut self) -> Result<()>;
+
+    /// The undos of the images: forgotten in the moment in which a store
+    /// records them.
+    fn tickets(&self) -> Vec<Ticket>;
+
+    /// A store has recorded the images, as the image of this manifest digest:
+    /// says so on them, where that can be done.
+    async fn recorded(&mut self, image: &Digest);
 }
 
 /// What a path of a stopped disk is.
@@ -169,6 +264,57 @@ pub enum FileKind {
     Other,
 }
 
+/// What an entry of a walk is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link, with the bytes of its target.
+    Link(Vec<u8>),
+    /// A block device, with its major and minor number where they are known.
+    BlockDevice(Option<(u32, u32)>),
+    /// A character device, likewise.
+    CharacterDevice(Option<(u32, u32)>),
+    /// A named pipe.
+    Pipe,
+    /// A socket.
+    Socket,
+}
+
+/// One entry of a walk through the files of a disk: all that is known without
+/// reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Absolute path, as the bytes that are on the disk: names need not be text.
+    pub path: Vec<u8>,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Permission bits, with set-user-id, set-group-id and sticky: 12 bits.
+    pub mode: u16,
+    /// Number of the user who owns it.
+    pub uid: u32,
+    /// Number of the group that owns it.
+    pub gid: u32,
+    /// Bytes of a regular file; 0 for anything else.
+    pub size: u64,
+    /// When its content was last changed, seconds since 1970.
+    pub modified: i64,
+    /// Extended attributes with their values, in the order of their names:
+    /// capabilities (`security.capability`), access lists, labels. `None` where
+    /// they are not known.
+    pub attributes: Option<Vec<(Vec<u8>, Vec<u8>)>>,
+    /// Where its bytes are, as a digest over the digests of the blocks that
+    /// hold them: two files for which this is the same have the same bytes, on
+    /// whatever disk they are. The other way round nothing follows. `None`
+    /// where it is not known.
+    pub place: Option<Digest>,
+}
+
+/// A walk through the files of a disk.
+pub type Walk<'a> = Box<dyn Iterator<Item = Result<Entry>> + 'a>;
+
 /// The files of a stopped disk's root file system, read-only. Paths are
 /// absolute within it; symbolic links are not followed in the last part.
 pub trait Files: Send {
@@ -178,15 +324,31 @@ pub trait Files: Send {
     /// When the file system is damaged.
     fn kind(&self, path: &str) -> Result<Option<FileKind>>;
 
-    /// The names in a directory, sorted; empty if there is none.
+    /// The names in a directory, sorted; empty if there is none. Bytes of a
+    /// name that are no text are replaced; [`Files::walk`] gives them as they
+    /// are.
     ///
     /// # Errors
     /// When the file system is damaged.
     fn list(&self, path: &str) -> Result<Vec<String>>;
 
-    /// The bytes of a file.
+    /// The bytes of a small file.
     ///
     /// # Errors
-    /// When it is not a regular file, or the file system is damaged.
+    /// When it is not a regular file, is too large to be read whole, or the
+    /// file system is damaged.
     fn read(&self, path: &str) -> Result<Vec<u8>>;
+
+    /// The bytes of a file of any size, a piece at a time.
+    ///
+    /// # Errors
+    /// As [`Files::read`], but for the size.
+    fn open(&self, path: &[u8]) -> Result<Box<dyn std::io::Read + '_>>;
+
+    /// Everything below the root: a directory before what is in it, names in
+    /// the order of their bytes. Memory is bounded, however many there are.
+    ///
+    /// # Errors
+    /// When the file system is damaged; also from the iterator, which then ends.
+    fn walk(&self) -> Result<Walk<'_>>;
 }

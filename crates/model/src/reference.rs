@@ -123,14 +123,20 @@ pub fn check_tag(tag: &str) -> Result<(), &'static str> {
     }
 }
 
+/// Whether a tag looks like a version, `1.4.0` or `v2`, and so means one thing
+/// for ever.
+pub fn is_version(tag: &str) -> bool {
+    let digit = |text: &str| text.starts_with(|c: char| c.is_ascii_digit());
+    digit(tag) || tag.strip_prefix('v').is_some_and(digit)
+}
+
 /// Checks a channel's name, which cannot look like a version.
 ///
 /// # Errors
 /// What is wrong with it.
 pub fn check_channel(channel: &str) -> Result<(), &'static str> {
     let bytes = channel.as_bytes();
-    let version = |rest: &[u8]| rest.first().is_some_and(u8::is_ascii_digit);
-    if version(bytes) || bytes.first() == Some(&b'v') && version(&bytes[1..]) {
+    if is_version(channel) {
         Err("a channel's name cannot look like a version")
     } else if bytes.first().is_some_and(u8::is_ascii_lowercase)
         && bytes.len() <= 64

@@ -77,6 +77,7 @@ impl Tree {
         let root = self.root.file_name().unwrap_or_default().to_string_lossy();
         for entry in &self.entries {
             let mode = format!("{:o}", entry.mode);
+            let name = if entry.path.is_empty() { root.to_string() } else { format!("{root}/{}", entry.path) };
             hasher.hidden("path", &entry.path).hidden("mode", &mode);
             let (kind, content) = match &entry.kind {
                 Kind::Folder => ("folder", Vec::new()),
@@ -84,11 +85,12 @@ impl Tree {
                 Kind::File(_) => {
                     let path = self.location(entry);
                     let digest = File::open(&path).and_then(|mut file| Digest::of_reader(&mut file));
-                    ("file", digest.trying(|| format!("read {}", path.display()))?.0.as_bytes().to_vec())
+                    let digest = digest.trying(|| format!("read {}", path.display()))?.0;
+                    hasher.input(&name, digest);
+                    ("file", digest.as_bytes().to_vec())
                 }
             };
             hasher.hidden(kind, &content);
-            let name = if entry.path.is_empty() { root.to_string() } else { format!("{root}/{}", entry.path) };
             hasher.part(name, [mode.as_bytes(), kind.as_bytes(), &content].concat());
         }
         Ok(())
