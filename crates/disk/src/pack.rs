@@ -1,19 +1,22 @@
 //! Taking a disk apart: read, detect zeros, digest, compress, pack.
 //!
 //! ```text
-//!  reader ──► workers (all cores) ──► writer
-//!  in order   zero? SHA-256, zstd     back in order: frames to packs, SHA-256
-//!     ▲                                  │
-//!     └───────── empty buffers ◄─────────┘
+//!  reader ──────► workers (all cores) ───────────► writer
+//!  in order        SHA-256 of eight at once         back in order:
+//!  zero? ──► ∅     known? ──────────────────────►   frames to packs
+//!     ▲            zstd, each by itself ────────►      │
+//!     └──────────────── empty buffers ◄────────────────┘
 //! ```
 //!
 //! A fixed number of buffers goes round, which bounds memory whatever the
-//! disk's size. Frames are written in the order of blocks, so the packs depend
-//! on the disk and its parents alone, not on timing.
+//! disk's size. A worker compresses before it digests: so no more is digested
+//! ahead than keeps the others busy. Frames are written in the order of
+//! blocks, so the packs depend on the disk and its parents alone, not on
+//! timing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use kiln_model::Digest;
 use kiln_model::block::{BLOCK, BlockSource, Content, classify};
@@ -21,6 +24,7 @@ use kiln_model::error::{Code, Error, Result, ResultExt};
 use kiln_model::image::{Block, BlockMap, PackRef, Place, zero_block};
 
 use crate::blocks::{BLOCK_LEN, is_zero, workers};
+use crate::lanes;
 use crate::packs::{FRAME_LIMIT, Location, MAX_PACKS, PackSink, PackWriter, Packs, repack};
 
 /// zstd's level. Part of the format only so far as equal disks should give
@@ -52,7 +56,11 @@ pub struct Parents<'a> {
 
 /// One block on its way, with buffers that are used again and again.
 struct Job {
+    /// How many that are not zero were read before it.
+    number: usize,
     index: usize,
+    /// How many are still to be read after it.
+    left: usize,
     raw: Vec<u8>,
     frame: Vec<u8>,
     outcome: Outcome,
@@ -63,7 +71,6 @@ struct Job {
 enum Outcome {
     /// Nothing yet.
     Read,
-    Zero,
     /// Held by a parent.
     Known(Digest, Location),
     /// The same as an earlier block of this disk.
@@ -157,10 +164,12 @@ pub fn pack(
         }
     }
     let first = u32::try_from(known.packs.len()).unwrap_or(u32::MAX);
-    let mut writer = PackWriter::new(sink, first);
-    read_all(source, &to_read, &known, &mut writer, &mut blocks, progress)?;
-    repack(&mut blocks, &known.packs, parents.packs, &mut writer, MAX_PACKS)?;
-    let new = writer.finish()?;
+    let new = std::thread::scope(|scope| {
+        let mut writer = PackWriter::new(scope, sink, first, lanes::at_once() > 1);
+        read_all(source, &to_read, &known, &mut writer, &mut blocks, progress)?;
+        repack(&mut blocks, &known.packs, parents.packs, &mut writer, MAX_PACKS)?;
+        writer.finish()
+    })?;
     let all: Vec<PackRef> = known.packs.iter().chain(&new).copied().collect();
     Ok(Packed { map: map_of(size, &blocks, &all), new })
 }
@@ -185,12 +194,97 @@ fn map_of(size: u64, blocks: &[Placed], all: &[PackRef]) -> BlockMap {
     map
 }
 
-/// The pipeline: this thread reads, workers compress, one more thread writes.
+/// What waits for a worker.
+struct Waiting {
+    /// Blocks that were read, in order.
+    read: VecDeque<Job>,
+    /// Blocks that were digested and that nobody holds.
+    digested: VecDeque<Job>,
+    /// Nothing more will be read.
+    ended: bool,
+}
+
+/// Work for one worker.
+enum Work {
+    Digest(Vec<Job>),
+    Compress(Job),
+}
+
+/// Where workers get their work.
+struct Queue {
+    waiting: Mutex<Waiting>,
+    more: Condvar,
+    /// How many blocks are digested at once.
+    at_once: usize,
+    threads: usize,
+}
+
+impl Queue {
+    fn new(threads: usize) -> Self {
+        let waiting = Waiting { read: VecDeque::new(), digested: VecDeque::new(), ended: false };
+        Self { waiting: Mutex::new(waiting), more: Condvar::new(), at_once: lanes::at_once(), threads }
+    }
+
+    /// As many buffers as keep everybody busy: some being read, some being
+    /// digested, two for each worker, two being written. More than are
+    /// digested at once, or nobody would ever begin.
+    fn buffers(&self) -> usize {
+        2 * self.at_once + 2 * self.threads + 2
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a block that was read.
+    fn add(&self, job: Job) {
+        let mut waiting = self.waiting();
+        waiting.read.push_back(job);
+        if waiting.read.len() >= self.at_once {
+            self.more.notify_one();
+        }
+    }
+
+    /// Adds blocks to compress.
+    fn digested(&self, jobs: Vec<Job>) {
+        self.waiting().digested.extend(jobs);
+        self.more.notify_all();
+    }
+
+    /// Says that nothing more will be read.
+    fn end(&self) {
+        self.waiting().ended = true;
+        self.more.notify_all();
+    }
+
+    /// The next piece of work; `None` when there will be none.
+    fn next(&self) -> Option<Work> {
+        let mut waiting = self.waiting();
+        loop {
+            if let Some(job) = waiting.digested.pop_front() {
+                return Some(Work::Compress(job));
+            }
+            let ready = waiting.read.len();
+            if ready >= self.at_once {
+                return Some(Work::Digest(waiting.read.drain(..self.at_once).collect()));
+            }
+            if waiting.ended {
+                // The last ones are shared out.
+                let share = ready.div_ceil(self.threads);
+                return (share > 0).then(|| Work::Digest(waiting.read.drain(..share).collect()));
+            }
+            waiting = self.more.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The pipeline: this thread reads, workers digest and compress, one more
+/// thread writes.
 fn read_all(
     source: &mut dyn BlockSource,
     to_read: &[usize],
     known: &Known,
-    writer: &mut PackWriter<'_>,
+    writer: &mut PackWriter<'_, '_>,
     blocks: &mut [Placed],
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
@@ -200,42 +294,49 @@ fn read_all(
         return Ok(());
     }
     let size = source.size();
-    let threads = workers(to_read.len());
+    let queue = Queue::new(workers(to_read.len()));
     let (empty, empties) = channel();
-    for _ in 0..(threads * 2 + 2).min(to_read.len()) {
+    for _ in 0..queue.buffers().min(to_read.len()) {
         let (raw, frame) = (vec![0; BLOCK_LEN], Vec::with_capacity(FRAME_LIMIT as usize));
-        drop(empty.send(Job { index: 0, raw, frame, outcome: Outcome::Read }));
+        drop(empty.send(Job { number: 0, index: 0, left: 0, raw, frame, outcome: Outcome::Read }));
     }
-    let (full, fulls) = channel();
     let (result, results) = channel();
-    let fulls = Mutex::new(fulls);
     let seen = Mutex::new(HashMap::new());
     std::thread::scope(|scope| {
-        let writing = scope.spawn(move || write(to_read, &results, &empty, writer, blocks));
-        for _ in 0..threads {
-            let (fulls, seen, result) = (&fulls, &seen, result.clone());
-            scope.spawn(move || work(known, seen, fulls, &result));
+        let writing = scope.spawn(move || write(&results, &empty, writer, blocks));
+        for _ in 0..queue.threads {
+            let (queue, seen, result) = (&queue, &seen, result.clone());
+            scope.spawn(move || work(known, seen, queue, &result));
         }
         drop(result);
+        let mut number = 0;
+        let mut spare = None;
         let mut reading = Ok(());
         for (done, index) in to_read.iter().enumerate() {
             // No more buffers ever: the writer has given up, and says why.
-            let Ok(mut job) = empties.recv() else { break };
+            let Some(mut job) = spare.take().or_else(|| empties.recv().ok()) else { break };
             let at = *index as u64 * BLOCK;
             let length = usize::try_from(size - at).unwrap_or(usize::MAX).min(BLOCK_LEN);
             reading = source.read_at(at, &mut job.raw[..length]);
             if reading.is_err() {
                 break;
             }
-            job.raw[length..].fill(0);
-            (job.index, job.outcome) = (*index, Outcome::Read);
-            drop(full.send(job));
+            if is_zero(&job.raw[..length]) {
+                // As it is noted already.
+                spare = Some(job);
+            } else {
+                job.raw[length..].fill(0);
+                (job.number, job.index, job.left, job.outcome) = (number, *index, to_read.len() - done - 1, Outcome::Read);
+                number += 1;
+                queue.add(job);
+            }
             progress((done as u64 + 1) * BLOCK, total);
         }
-        drop(full);
+        queue.end();
         let written = writing.join().unwrap_or_else(|_| Err(broken()));
         // A read that failed is the cause of a writer that got too little.
-        reading.and(written)
+        reading?;
+        if written? == number { Ok(()) } else { Err(broken()) }
     })
 }
 
@@ -243,90 +344,89 @@ fn broken() -> Error {
     Error::new(Code::Failed, "the disk was not read to its end").next("this is a mistake in kiln: please report it")
 }
 
-/// A worker: turns full buffers into outcomes until there are no more.
-fn work(known: &Known, seen: &Mutex<HashMap<Digest, usize>>, fulls: &Mutex<Receiver<Job>>, result: &Sender<Result<Job>>) {
-    let mut context = zstd::bulk::Compressor::new(LEVEL).trying(|| "set up zstd".into());
-    loop {
-        let next = fulls.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(mut job) = next else { return };
-        let done = match &mut context {
-            Ok(context) => look(context, known, seen, &mut job).map(|()| job),
-            Err(_) => Err(broken()),
+/// A worker: turns what was read into outcomes until there is no more.
+fn work(known: &Known, seen: &Mutex<HashMap<Digest, usize>>, queue: &Queue, result: &Sender<Result<Job>>) {
+    let mut context = match zstd::bulk::Compressor::new(LEVEL).trying(|| "set up zstd".into()) {
+        Ok(context) => context,
+        Err(error) => return drop(result.send(Err(error))),
+    };
+    while let Some(work) = queue.next() {
+        let sent = match work {
+            Work::Digest(jobs) => {
+                let (fresh, rest) = look(known, seen, jobs);
+                queue.digested(fresh);
+                rest.into_iter().try_for_each(|job| result.send(Ok(job)))
+            }
+            Work::Compress(mut job) => {
+                job.frame.clear();
+                let done = context.compress_to_buffer(&job.raw, &mut job.frame).trying(|| "compress a block".into());
+                result.send(done.map(|_| job))
+            }
         };
-        let failed = done.is_err();
-        if result.send(done).is_err() || failed {
+        if sent.is_err() {
             return;
         }
     }
 }
 
-/// Digests one block, and compresses it if nobody holds it yet.
-fn look(context: &mut zstd::bulk::Compressor<'static>, known: &Known, seen: &Mutex<HashMap<Digest, usize>>, job: &mut Job) -> Result<()> {
-    if is_zero(&job.raw) {
-        job.outcome = Outcome::Zero;
-        return Ok(());
-    }
-    let digest = Digest::of(&job.raw);
-    if let Some(location) = known.places.get(&digest) {
-        job.outcome = Outcome::Known(digest, *location);
-        return Ok(());
-    }
-    // Of two equal blocks the earlier one is stored. A worker may only leave a
-    // block out when an *earlier* one is on its way; when a later one came
-    // first, both are compressed and the writer drops the later.
-    {
-        let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = seen.entry(digest).or_insert(job.index);
-        if *first < job.index {
-            job.outcome = Outcome::Repeated(digest);
-            return Ok(());
-        }
-        *first = job.index;
-    }
-    job.frame.clear();
-    context.compress_to_buffer(&job.raw, &mut job.frame).trying(|| "compress a block".into())?;
-    job.outcome = Outcome::Frame(digest);
-    Ok(())
+/// Digests blocks; gives those that nobody holds yet, which have to be
+/// compressed, and the others.
+fn look(known: &Known, seen: &Mutex<HashMap<Digest, usize>>, jobs: Vec<Job>) -> (Vec<Job>, Vec<Job>) {
+    let digests = lanes::digests(&jobs.iter().map(|job| job.raw.as_slice()).collect::<Vec<_>>());
+    let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let outcomes = jobs.into_iter().zip(digests).map(|(mut job, digest)| {
+        job.outcome = match known.places.get(&digest) {
+            Some(location) => Outcome::Known(digest, *location),
+            None => {
+                // Of two equal blocks the earlier one is stored. A worker may
+                // only leave a block out when an *earlier* one is on its way;
+                // when a later one came first, both are compressed and the
+                // writer drops the later.
+                let first = seen.entry(digest).or_insert(job.index);
+                if *first < job.index {
+                    Outcome::Repeated(digest)
+                } else {
+                    *first = job.index;
+                    Outcome::Frame(digest)
+                }
+            }
+        };
+        job
+    });
+    outcomes.partition(|job| matches!(job.outcome, Outcome::Frame(_)))
 }
 
-/// The writer: puts outcomes back in order, and frames into packs.
-fn write(
-    to_read: &[usize],
-    results: &Receiver<Result<Job>>,
-    empty: &Sender<Job>,
-    writer: &mut PackWriter<'_>,
-    blocks: &mut [Placed],
-) -> Result<()> {
+/// The writer: puts outcomes back in order, and frames into packs. Gives how
+/// many there were.
+fn write(results: &Receiver<Result<Job>>, empty: &Sender<Job>, writer: &mut PackWriter<'_, '_>, blocks: &mut [Placed]) -> Result<usize> {
     let mut early: BTreeMap<usize, Job> = BTreeMap::new();
     let mut fresh: HashMap<Digest, Location> = HashMap::new();
-    for index in to_read {
-        let job = loop {
-            if let Some(job) = early.remove(index) {
-                break job;
+    let mut next = 0;
+    for job in results {
+        let job = job?;
+        early.insert(job.number, job);
+        while let Some(job) = early.remove(&next) {
+            next += 1;
+            let placed = match job.outcome {
+                Outcome::Read => return Err(broken()),
+                Outcome::Known(digest, location) => (digest, location),
+                Outcome::Repeated(digest) => (digest, *fresh.get(&digest).ok_or_else(broken)?),
+                Outcome::Frame(digest) => {
+                    let location = match fresh.get(&digest) {
+                        Some(location) => *location,
+                        None => writer.append(&job.frame, job.left as u64 * BLOCK)?,
+                    };
+                    fresh.insert(digest, location);
+                    (digest, location)
+                }
+            };
+            if let Some(block) = blocks.get_mut(job.index) {
+                *block = (placed.0, Some(placed.1));
             }
-            let job = results.recv().map_err(|_| broken())??;
-            early.insert(job.index, job);
-        };
-        let placed = match job.outcome {
-            Outcome::Read => return Err(broken()),
-            Outcome::Zero => (zero_block(), None),
-            Outcome::Known(digest, location) => (digest, Some(location)),
-            Outcome::Repeated(digest) => (digest, Some(*fresh.get(&digest).ok_or_else(broken)?)),
-            Outcome::Frame(digest) => {
-                let location = match fresh.get(&digest) {
-                    Some(location) => *location,
-                    None => writer.append(&job.frame)?,
-                };
-                fresh.insert(digest, location);
-                (digest, Some(location))
-            }
-        };
-        if let Some(block) = blocks.get_mut(*index) {
-            *block = placed;
+            drop(empty.send(job));
         }
-        drop(empty.send(job));
     }
-    Ok(())
+    Ok(next)
 }
 
 #[cfg(test)]

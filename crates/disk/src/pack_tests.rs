@@ -7,6 +7,7 @@ use kiln_model::block::Extent;
 
 use super::*;
 use crate::blocks::{MapSource, write_raw};
+use crate::packs::NewPack;
 use crate::raw::RawSource;
 
 /// Packs as files in a folder, by hex digest.
@@ -31,12 +32,38 @@ impl Packs for Folder {
 }
 
 impl PackSink for Folder {
-    fn create(&mut self) -> Result<File> {
+    fn create(&mut self) -> Result<Box<dyn NewPack>> {
         self.count += 1;
-        File::create(self.root.join("open")).trying(|| "create".into())
+        let path = self.root.join(format!("open.{}", self.count));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).trying(|| "create".into())?;
+        Ok(Box::new(Packing { root: self.root.clone(), path, file, synced: false }))
     }
-    fn finish(&mut self, _: File, pack: PackRef) -> Result<()> {
-        std::fs::rename(self.root.join("open"), self.root.join(pack.digest.hex())).trying(|| "rename".into())
+}
+
+struct Packing {
+    root: PathBuf,
+    path: PathBuf,
+    file: File,
+    synced: bool,
+}
+
+impl NewPack for Packing {
+    fn file(&self) -> &File {
+        &self.file
+    }
+    fn sync(&mut self) -> Result<()> {
+        self.synced = true;
+        Ok(())
+    }
+    fn keep(self: Box<Self>, pack: &PackRef) -> Result<()> {
+        assert!(self.synced);
+        std::fs::rename(&self.path, self.root.join(pack.digest.hex())).trying(|| "rename".into())
+    }
+}
+
+impl Drop for Packing {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.path));
     }
 }
 
@@ -228,11 +255,8 @@ fn a_flipped_bit_in_a_pack_is_found() {
 fn errors_of_either_end_come_through() {
     struct Full;
     impl PackSink for Full {
-        fn create(&mut self) -> Result<File> {
+        fn create(&mut self) -> Result<Box<dyn NewPack>> {
             Err(std::io::Error::from(std::io::ErrorKind::StorageFull)).trying(|| "write".into())
-        }
-        fn finish(&mut self, _: File, _: PackRef) -> Result<()> {
-            Ok(())
         }
     }
     struct Bad;

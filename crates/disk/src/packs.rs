@@ -2,10 +2,12 @@
 //! [`PACK_LIMIT`] bytes. Writing them, finding them, and moving the live
 //! frames of packs that are mostly dead.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::{Scope, ScopedJoinHandle};
 
 use kiln_model::Digest;
 use kiln_model::error::{Code, Error, Result, ResultExt};
@@ -13,6 +15,7 @@ use kiln_model::image::PackRef;
 use sha2::{Digest as _, Sha256};
 
 use crate::blocks::Decoder;
+use crate::lanes::{self, LANES};
 
 /// Largest size of a pack in bytes.
 pub const PACK_LIMIT: u64 = 64 * 1024 * 1024;
@@ -37,20 +40,35 @@ pub trait Packs: Send + Sync {
     fn has(&self, pack: &PackRef) -> bool;
 }
 
-/// Where new packs go. One pack is open at a time.
+/// Where new packs go. One pack is written at a time; those before it may still
+/// be on their way to their place.
 pub trait PackSink: Send {
-    /// An empty file for the next pack.
+    /// An empty place for the next pack.
     ///
     /// # Errors
     /// When it cannot be made.
-    fn create(&mut self) -> Result<File>;
+    fn create(&mut self) -> Result<Box<dyn NewPack>>;
+}
 
-    /// Takes the file of a pack that is whole. What it does with it may go on
-    /// beside the next pack.
+/// A pack on its way into a [`PackSink`]. One that is dropped before it was
+/// kept leaves nothing behind.
+pub trait NewPack: Send {
+    /// Its file, to be written and read.
+    fn file(&self) -> &File;
+
+    /// Makes it last. Called once it is whole, on a thread of its own, since it
+    /// takes as long as writing it.
     ///
     /// # Errors
-    /// When the pack, or one before it, cannot be kept.
-    fn finish(&mut self, file: File, pack: PackRef) -> Result<()>;
+    /// When the disk is full or broken.
+    fn sync(&mut self) -> Result<()>;
+
+    /// Puts it in its place. Packs are kept in no particular order, and only
+    /// when all that was written is synced.
+    ///
+    /// # Errors
+    /// When it cannot be put there.
+    fn keep(self: Box<Self>, pack: &PackRef) -> Result<()>;
 }
 
 /// Where a frame is: number of the pack in this process, and the place in it.
@@ -61,68 +79,198 @@ pub(crate) struct Location {
     pub(crate) length: u32,
 }
 
+/// As long as at least so many bytes of the disk are still to come, packs are
+/// digested several at once; below that, what comes fills about one pack, and
+/// that one is digested while it is written.
+const MANY_LEFT: u64 = 4 * PACK_LIMIT;
+
+/// A pack that is being written.
 struct Open {
-    file: File,
-    hasher: Sha256,
+    pack: Box<dyn NewPack>,
+    /// `None` when it is digested later, with others.
+    hasher: Option<Sha256>,
     size: u64,
 }
 
-/// Writes frames to packs, hashing as it goes.
-pub(crate) struct PackWriter<'a> {
+/// What the keeper is told.
+enum Step {
+    /// A pack is written.
+    Whole { number: usize, pack: Box<dyn NewPack>, size: u64 },
+    /// What its digest is.
+    Digest { number: usize, digest: Result<Digest> },
+}
+
+/// Writes frames to packs. Packs that are whole go on beside the next one:
+///
+/// ```text
+///  writer ──► keeper   syncs each pack; puts it in its place when it
+///     │          ▲     has its digest too
+///     │          │ digests
+///     └──► digester    reads up to eight packs again, side by side
+/// ```
+///
+/// SHA-256 takes a third of the time that compression takes, unless several
+/// packs are digested at once (see [`lanes`]). Packs have to be read again for
+/// that, which comes from the page cache. The last ones are digested while
+/// they are written, since there nothing is left that it could go on beside.
+pub(crate) struct PackWriter<'a, 'scope> {
     sink: &'a mut dyn PackSink,
+    /// Largest size of a pack in bytes.
+    limit: u64,
     open: Option<Open>,
     /// Number of the first new pack.
     first: u32,
-    done: Vec<PackRef>,
+    /// Packs and bytes that are whole.
+    whole: usize,
+    bytes: u64,
+    steps: Option<SyncSender<Step>>,
+    /// Until the end is near.
+    digester: Option<Sender<(usize, File)>>,
+    keeper: Option<ScopedJoinHandle<'scope, Result<Vec<PackRef>>>>,
 }
 
-impl<'a> PackWriter<'a> {
-    pub(crate) fn new(sink: &'a mut dyn PackSink, first: u32) -> Self {
-        Self { sink, open: None, first, done: Vec::new() }
+impl<'a, 'scope> PackWriter<'a, 'scope> {
+    /// Starts the threads. `many` says whether digesting several packs at once
+    /// pays.
+    pub(crate) fn new(scope: &'scope Scope<'scope, '_>, sink: &'a mut dyn PackSink, first: u32, many: bool) -> Self {
+        // One being synced, one waiting, one being written.
+        let (steps, taken) = sync_channel(1);
+        let keeper = scope.spawn(move || keep(&taken));
+        let digester = many.then(|| {
+            let (files, whole) = channel();
+            let steps = steps.clone();
+            scope.spawn(move || digest(&whole, &steps));
+            files
+        });
+        Self { sink, limit: PACK_LIMIT, open: None, first, whole: 0, bytes: 0, steps: Some(steps), digester, keeper: Some(keeper) }
     }
 
     /// Packs so far, the open one included.
     pub(crate) fn count(&self) -> usize {
-        self.done.len() + usize::from(self.open.is_some())
+        self.whole + usize::from(self.open.is_some())
     }
 
     /// Bytes so far.
     pub(crate) fn bytes(&self) -> u64 {
-        self.done.iter().map(|pack| pack.size).sum::<u64>() + self.open.as_ref().map_or(0, |open| open.size)
+        self.bytes + self.open.as_ref().map_or(0, |open| open.size)
     }
 
-    pub(crate) fn append(&mut self, frame: &[u8]) -> Result<Location> {
+    /// Adds a frame. At most `left` bytes of the disk are still to come after
+    /// it.
+    pub(crate) fn append(&mut self, frame: &[u8], left: u64) -> Result<Location> {
         let length = frame.len() as u64;
-        if self.open.as_ref().is_some_and(|open| open.size + length > PACK_LIMIT) {
+        if self.open.as_ref().is_some_and(|open| open.size + length > self.limit) {
             self.close()?;
         }
         let open = match &mut self.open {
             Some(open) => open,
-            none => none.insert(Open { file: self.sink.create()?, hasher: Sha256::new(), size: 0 }),
+            none => {
+                if left < MANY_LEFT {
+                    // The digester does what it has, and ends.
+                    self.digester = None;
+                }
+                let hasher = self.digester.is_none().then(Sha256::new);
+                none.insert(Open { pack: self.sink.create()?, hasher, size: 0 })
+            }
         };
-        open.file.write_all(frame).trying(|| "write a pack".into())?;
-        open.hasher.update(frame);
+        open.pack.file().write_all(frame).trying(|| "write a pack".into())?;
+        if let Some(hasher) = &mut open.hasher {
+            hasher.update(frame);
+        }
         let too_large = |_| Error::new(Code::Failed, "the disk needs more packs than a map can list");
-        let pack = self.first + u32::try_from(self.done.len()).map_err(too_large)?;
+        let pack = self.first + u32::try_from(self.whole).map_err(too_large)?;
         let offset = u32::try_from(open.size).map_err(too_large)?;
         open.size += length;
         Ok(Location { pack, offset, length: u32::try_from(length).map_err(too_large)? })
     }
 
     fn close(&mut self) -> Result<()> {
-        if let Some(Open { file, hasher, size }) = self.open.take() {
-            let pack = PackRef { digest: Digest::finish(hasher), size };
-            self.sink.finish(file, pack)?;
-            self.done.push(pack);
+        let Some(Open { pack, hasher, size }) = self.open.take() else { return Ok(()) };
+        let number = self.whole;
+        (self.whole, self.bytes) = (self.whole + 1, self.bytes + size);
+        let known = match (hasher, &self.digester) {
+            (Some(hasher), _) => Some(Digest::finish(hasher)),
+            (None, Some(digester)) => {
+                let file = pack.file().try_clone().trying(|| "read a pack".into())?;
+                // Nobody there: the keeper knows why.
+                drop(digester.send((number, file)));
+                None
+            }
+            (None, None) => return Err(broken()),
+        };
+        self.tell(Step::Whole { number, pack, size })?;
+        known.map_or(Ok(()), |digest| self.tell(Step::Digest { number, digest: Ok(digest) }))
+    }
+
+    fn tell(&mut self, step: Step) -> Result<()> {
+        match self.steps.as_ref().map(|steps| steps.send(step)) {
+            Some(Ok(())) => Ok(()),
+            // It has given up, and says why.
+            _ => Err(self.kept().err().unwrap_or_else(broken)),
         }
-        Ok(())
+    }
+
+    /// Waits until every pack is in its place.
+    fn kept(&mut self) -> Result<Vec<PackRef>> {
+        (self.steps, self.digester) = (None, None);
+        self.keeper.take().and_then(|keeper| keeper.join().ok()).unwrap_or_else(|| Err(broken()))
     }
 
     /// Ends the last pack; gives the new packs in order.
     pub(crate) fn finish(mut self) -> Result<Vec<PackRef>> {
         self.close()?;
-        Ok(self.done)
+        let packs = self.kept()?;
+        if packs.len() == self.whole { Ok(packs) } else { Err(broken()) }
     }
+}
+
+fn broken() -> Error {
+    Error::new(Code::Failed, "the packs were not written").next("this is a mistake in kiln: please report it")
+}
+
+/// The digester: up to [`LANES`] packs at once, and what is left at the end.
+fn digest(whole: &Receiver<(usize, File)>, steps: &SyncSender<Step>) {
+    loop {
+        let packs: Vec<(usize, File)> = whole.iter().take(LANES).collect();
+        let files: Vec<&File> = packs.iter().map(|(_, file)| file).collect();
+        for ((number, _), digest) in packs.iter().zip(lanes::digests_of_files(&files)) {
+            let digest = digest.map(|(digest, _)| digest).trying(|| "read a pack that was just written".into());
+            if steps.send(Step::Digest { number: *number, digest }).is_err() {
+                return;
+            }
+        }
+        if packs.len() < LANES {
+            return;
+        }
+    }
+}
+
+/// The keeper: syncs packs, and puts those in their place that have a digest.
+fn keep(steps: &Receiver<Step>) -> Result<Vec<PackRef>> {
+    let mut synced: BTreeMap<usize, (Box<dyn NewPack>, u64)> = BTreeMap::new();
+    let mut digests: BTreeMap<usize, Digest> = BTreeMap::new();
+    let mut kept: BTreeMap<usize, PackRef> = BTreeMap::new();
+    for step in steps {
+        let number = match step {
+            Step::Whole { number, mut pack, size } => {
+                pack.sync()?;
+                synced.insert(number, (pack, size));
+                number
+            }
+            Step::Digest { number, digest } => {
+                digests.insert(number, digest?);
+                number
+            }
+        };
+        if let Some(digest) = digests.get(&number)
+            && let Some((pack, size)) = synced.remove(&number)
+        {
+            let whole = PackRef { digest: *digest, size };
+            pack.keep(&whole)?;
+            kept.insert(number, whole);
+        }
+    }
+    Ok(kept.into_values().collect())
 }
 
 /// How much of an older pack a disk still uses.
@@ -172,7 +320,7 @@ pub(crate) fn repack(
     blocks: &mut [(Digest, Option<Location>)],
     packs: &[PackRef],
     source: &dyn Packs,
-    writer: &mut PackWriter<'_>,
+    writer: &mut PackWriter<'_, '_>,
     limit: usize,
 ) -> Result<()> {
     let mut used: HashMap<u32, Usage> = HashMap::new();
@@ -206,7 +354,8 @@ pub(crate) fn repack(
         frame.resize(old.length as usize, 0);
         file.read_exact_at(&mut frame, u64::from(old.offset)).trying(|| format!("read pack {}", pack.digest))?;
         decoder.decode(&frame, digest, &pack.digest)?;
-        let new = writer.append(&frame)?;
+        // What is left is not known: not much, as a rule.
+        let new = writer.append(&frame, 0)?;
         moved.insert(old, new);
         *location = Some(new);
     }
@@ -215,6 +364,8 @@ pub(crate) fn repack(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     fn usage(pack: u32, size: u64, live: u64) -> Usage {
@@ -236,5 +387,78 @@ mod tests {
         let gone = victims(used, 1, 10, 16);
         assert!(gone.contains(&19) && !gone.contains(&0), "{gone:?}");
         assert!(20 - gone.len() + 2 <= 16);
+    }
+
+    /// Packs in memory's stead: what was kept, in the order of keeping.
+    #[derive(Clone, Default)]
+    struct Sink {
+        kept: Arc<Mutex<Vec<PackRef>>>,
+        made: usize,
+        /// Which one cannot be synced.
+        broken: Option<usize>,
+    }
+
+    struct Pack(Sink, File, bool);
+
+    impl PackSink for Sink {
+        fn create(&mut self) -> Result<Box<dyn NewPack>> {
+            self.made += 1;
+            Ok(Box::new(Pack(self.clone(), tempfile::tempfile().unwrap(), false)))
+        }
+    }
+
+    impl NewPack for Pack {
+        fn file(&self) -> &File {
+            &self.1
+        }
+        fn sync(&mut self) -> Result<()> {
+            self.2 = true;
+            if self.0.broken == Some(self.0.made) { Err(Error::new(Code::DiskFull, "no room")) } else { Ok(()) }
+        }
+        fn keep(self: Box<Self>, pack: &PackRef) -> Result<()> {
+            assert!(self.2, "kept before it was synced");
+            assert_eq!(lanes::digests_of_files(&[&self.1])[0].as_ref().unwrap(), &(pack.digest, pack.size));
+            self.0.kept.lock().unwrap().push(*pack);
+            Ok(())
+        }
+    }
+
+    /// Writes `frames` frames of 1,000 bytes to packs of three, the first
+    /// `early` of them long before the end.
+    fn written(sink: &mut Sink, frames: u16, early: u16, many: bool) -> Result<Vec<PackRef>> {
+        std::thread::scope(|scope| {
+            let mut writer = PackWriter::new(scope, sink, 7, many);
+            writer.limit = 3500;
+            for n in 0..frames {
+                let left = if n < early { MANY_LEFT } else { MANY_LEFT - 1 };
+                let location = writer.append(&n.to_le_bytes().repeat(500), left)?;
+                assert_eq!(location, Location { pack: 7 + u32::from(n) / 3, offset: u32::from(n) % 3 * 1000, length: 1000 });
+                assert_eq!((writer.count(), writer.bytes()), (usize::from(n) / 3 + 1, u64::from(n + 1) * 1000));
+            }
+            writer.finish()
+        })
+    }
+
+    #[test]
+    fn packs_are_the_same_whenever_they_are_digested() {
+        for frames in [0, 1, 3, 4, 26, 100] {
+            let expected = written(&mut Sink::default(), frames, 0, false).unwrap();
+            assert_eq!(expected.len(), usize::from(frames).div_ceil(3));
+            for early in [0, 1, 10, 24, 25, 100] {
+                let mut sink = Sink::default();
+                assert_eq!(written(&mut sink, frames, early, true).unwrap(), expected, "{frames} {early}");
+                let mut kept = std::mem::take(&mut *sink.kept.lock().unwrap());
+                kept.sort_by_key(|pack| expected.iter().position(|other| other == pack));
+                assert_eq!(kept, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pack_that_cannot_be_synced_ends_it_with_the_reason() {
+        for (broken, early) in [(1, 0), (1, 100), (20, 100), (33, 20), (34, 100)] {
+            let mut sink = Sink { broken: Some(broken), ..Sink::default() };
+            assert_eq!(written(&mut sink, 100, early, true).unwrap_err().kind(), Code::DiskFull, "{broken} {early}");
+        }
     }
 }

@@ -16,6 +16,7 @@ use serde::Deserialize;
 
 use crate::process;
 pub use crate::recognise::{Recognised, recognise};
+use crate::recognise::{Refused, recognise_raw};
 
 /// Formats that a disk can be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +89,18 @@ pub async fn create_layer(path: &Path, below: &str, size: u64) -> Result<()> {
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, "-u"]).arg(path).arg(size.to_string());
     process::run_async(command).await.map(|_| ()).trying(|| format!("make the layer {}", path.display()))
+}
+
+/// Has the qcow2 at `path` lie on `base` from now on, which holds what the file
+/// did that it named before; that one need not be there.
+///
+/// # Errors
+/// When the file cannot be changed.
+pub async fn move_to(path: &Path, base: &DiskFile) -> Result<()> {
+    let backing = std::path::absolute(&base.path).trying(|| format!("find {}", base.path.display()))?;
+    let mut command = Command::new("qemu-img");
+    command.args(["rebase", "-q", "-u", "-f", "qcow2", "-F", base.format.name(), "-b"]).arg(backing).arg(path);
+    process::run_async(command).await.map(|_| ()).trying(|| format!("put {} on {}", path.display(), base.path.display()))
 }
 
 /// Makes an empty file that its owner alone can read, for a program that would
@@ -174,6 +187,19 @@ pub async fn check(path: &Path) -> Result<()> {
 /// # Errors
 /// [`Code::NotFound`], or [`Code::Base`] with what is wrong and what to do.
 pub async fn probe(path: &Path) -> Result<DiskFile> {
+    probe_by(path, recognise).await
+}
+
+/// Takes a file for a raw disk, whatever its content looks like: a volume of
+/// LVM, a LUKS container, plain data.
+///
+/// # Errors
+/// When it cannot be read, or is empty.
+pub async fn probe_raw(path: &Path) -> Result<DiskFile> {
+    probe_by(path, |_, length| recognise_raw(length)).await
+}
+
+async fn probe_by(path: &Path, recognise: impl FnOnce(&File, u64) -> Result<Recognised, Refused>) -> Result<DiskFile> {
     let path = std::path::absolute(path).trying(|| format!("find {}", path.display()))?;
     let file = File::open(&path).map_err(|error| {
         let code = if error.kind() == std::io::ErrorKind::NotFound { Code::NotFound } else { Code::Base };
@@ -254,6 +280,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_overlay_moves_to_a_base_that_lies_elsewhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let base = raw(folder.path());
+        let overlay = create_overlay(&base, &folder.path().join("overlay"), 16 << 20).await.unwrap();
+        let other = folder.path().join("elsewhere");
+        std::fs::create_dir(&other).unwrap();
+        let moved = DiskFile { path: other.join("base.raw"), ..base.clone() };
+        std::fs::rename(&base.path, &moved.path).unwrap();
+        let whole = folder.path().join("whole.raw");
+        let read = async || convert(&scope(folder.path()), &overlay, Target::Raw, &whole, &mut |_| ()).await;
+        assert!(read().await.is_err(), "its base is gone");
+        move_to(&overlay.path, &moved).await.unwrap();
+        drop(std::fs::remove_file(&whole));
+        read().await.unwrap();
+        let bytes = std::fs::read(&whole).unwrap();
+        assert_eq!((bytes.len(), bytes[4 << 20], bytes[(7 << 20) - 1], bytes[8 << 20]), (16 << 20, 7, 7, 0));
+    }
+
+    #[tokio::test]
     async fn what_is_no_disk_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(probe(&folder.path().join("none")).await.unwrap_err().kind(), Code::NotFound);
@@ -261,5 +306,9 @@ mod tests {
         let text = folder.path().join("text.qcow2");
         std::fs::write(&text, "hello\n".repeat(1000)).unwrap();
         assert!(probe(&text).await.unwrap_err().to_string().ends_with("is not a disk"));
+        let raw = probe_raw(&text).await.unwrap();
+        assert_eq!((raw.format, raw.size), (DiskFormat::Raw, 6144));
+        std::fs::write(&text, "").unwrap();
+        assert!(probe_raw(&text).await.unwrap_err().to_string().ends_with("is empty"));
     }
 }

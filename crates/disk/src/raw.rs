@@ -37,6 +37,8 @@ impl RawSource {
         if !meta.is_file() {
             return Err(Error::new(Code::Usage, format!("{} is not a file", path.display())));
         }
+        // The kernel may read further ahead; where it cannot, nothing is lost.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
         Ok(Self { path: path.to_owned(), file, size: meta.len() })
     }
 }

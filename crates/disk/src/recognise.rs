@@ -23,11 +23,14 @@ pub struct Refused {
     pub what: String,
     /// What to do about it.
     pub next: Option<String>,
+    /// Whether it looks like nothing that is known: it may be a raw disk that
+    /// tells nothing of itself (a volume of LVM, plain data).
+    pub unknown: bool,
 }
 
 impl Refused {
     fn new(what: impl Into<String>, next: impl Into<Option<&'static str>>) -> Self {
-        Self { what: what.into(), next: next.into().map(Into::into) }
+        Self { what: what.into(), next: next.into().map(Into::into), unknown: false }
     }
 }
 
@@ -48,10 +51,18 @@ pub fn recognise(file: &File, length: u64) -> Result<Recognised, Refused> {
         return Ok(Recognised { format: DiskFormat::Qcow2, size });
     }
     if looks_like_a_disk(&head) {
-        // QEMU rounds a raw disk up to whole sectors.
-        return Ok(Recognised { format: DiskFormat::Raw, size: length.next_multiple_of(512) });
+        return recognise_raw(length);
     }
     Err(other(&head))
+}
+
+/// What a file of `length` bytes is as a raw disk.
+pub(crate) fn recognise_raw(length: u64) -> Result<Recognised, Refused> {
+    if length == 0 {
+        return Err(Refused::new("is empty", None));
+    }
+    // QEMU rounds a raw disk up to whole sectors.
+    Ok(Recognised { format: DiskFormat::Raw, size: length.next_multiple_of(512) })
 }
 
 fn looks_like_a_disk(head: &[u8]) -> bool {
@@ -86,7 +97,7 @@ fn other(head: &[u8]) -> Refused {
     if head.is_empty() {
         return Refused::new("is empty", None);
     }
-    Refused { what: "is not a disk".into(), next: Some("give a qcow2, or a raw disk with a partition table or a file system".into()) }
+    Refused { unknown: true, ..Refused::new("is not a disk", "give a qcow2, or a raw disk with a partition table or a file system") }
 }
 
 /// Reads a qcow2's header; gives its virtual size.
