@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kiln_disk::lanes;
 use kiln_model::Digest;
 use kiln_model::error::{Code, Error, Result, ResultExt};
 use kiln_model::image::PackRef;
@@ -14,7 +15,7 @@ use kiln_model::image::PackRef;
 use crate::lease::{self, Lease};
 
 /// Content of `oci-layout`, as the OCI image specification has it.
-const LAYOUT: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
+pub(crate) const LAYOUT: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
 
 /// An OCI image layout on disk that holds images. Cheap to clone; clones share
 /// one lease, which ends with the last of them.
@@ -79,7 +80,7 @@ impl Store {
     pub fn open(root: &Path) -> Result<Self> {
         let root = std::path::absolute(root).trying(|| format!("use {} as a store", root.display()))?;
         let store = Self { shared: Arc::new(Shared { root, lease: Mutex::new(None), count: AtomicU64::new(0) }) };
-        for folder in ["blobs/sha256", ".kiln/leases", ".kiln/tmp"] {
+        for folder in ["blobs/sha256", ".kiln/leases", ".kiln/tmp", ".kiln/partial"] {
             let folder = store.root().join(folder);
             DirBuilder::new().recursive(true).mode(0o700).create(&folder).trying(|| format!("make the folder {}", folder.display()))?;
         }
@@ -128,16 +129,38 @@ impl Store {
     /// [`Code::Corrupt`] when it is missing, damaged or larger than `limit`
     /// bytes.
     pub fn read_blob(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>> {
+        let bytes = self.read_unchecked(digest, limit)?;
+        if Digest::of(&bytes) == *digest { Ok(bytes) } else { Err(damaged(digest)) }
+    }
+
+    /// The bytes of small blobs, as [`Store::read_blob`] gives each; digested
+    /// side by side.
+    pub(crate) fn read_blobs(&self, digests: &[Digest], limit: u64) -> Vec<Result<Vec<u8>>> {
+        let mut read = Vec::with_capacity(digests.len());
+        for part in digests.chunks(lanes::at_once()) {
+            let found: Vec<Result<Vec<u8>>> = part.iter().map(|digest| self.read_unchecked(digest, limit)).collect();
+            let messages: Vec<&[u8]> = found.iter().map(|bytes| bytes.as_deref().unwrap_or_default()).collect();
+            let computed = lanes::digests(&messages);
+            let checked = found.into_iter().zip(part.iter().zip(computed)).map(|(bytes, (wanted, computed))| match bytes {
+                Ok(_) if computed != *wanted => Err(damaged(wanted)),
+                bytes => bytes,
+            });
+            read.extend(checked);
+        }
+        read
+    }
+
+    fn read_unchecked(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>> {
         let file = self.open_blob(digest)?;
-        let mut bytes = Vec::new();
-        file.take(limit + 1).read_to_end(&mut bytes).trying(|| format!("read blob {digest}"))?;
-        if bytes.len() as u64 > limit {
-            return Err(Error::new(Code::Corrupt, format!("blob {digest} is larger than the {limit} bytes it may have")));
+        let reading = || format!("read blob {digest}");
+        let length = file.metadata().trying(reading)?.len();
+        let too_large = || Error::new(Code::Corrupt, format!("blob {digest} is larger than the {limit} bytes it may have"));
+        if length > limit {
+            return Err(too_large());
         }
-        if Digest::of(&bytes) != *digest {
-            return Err(damaged(digest));
-        }
-        Ok(bytes)
+        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default() + 1);
+        file.take(limit + 1).read_to_end(&mut bytes).trying(reading)?;
+        if bytes.len() as u64 > limit { Err(too_large()) } else { Ok(bytes) }
     }
 
     /// Stores a small blob; [`Store::prune`] leaves it alone as long as this
@@ -179,6 +202,11 @@ impl Store {
         let _lock = self.appearing()?;
         self.leased(|lease| lease.hold([*digest]))?;
         temp.place(&self.blob_path(digest))
+    }
+
+    /// Puts a synced file of this layout in its place among the blobs.
+    pub(crate) fn place_file(&self, path: &Path, digest: &Digest) -> Result<()> {
+        self.place_blob(Temp { path: path.to_owned(), armed: false }, digest)
     }
 
     /// An empty temporary file.
@@ -241,6 +269,11 @@ impl Store {
 
     pub(crate) fn tmp(&self) -> PathBuf {
         self.root().join(".kiln/tmp")
+    }
+
+    /// Where blobs grow that are being fetched. See `transfer::partial`.
+    pub(crate) fn partial(&self) -> PathBuf {
+        self.root().join(".kiln/partial")
     }
 
     /// Removes temporary files of writers that are gone; gives how many.

@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::Scope;
 
 use kiln_disk::overlay::OverlayDisk;
 use kiln_disk::pack::{self, Packed, Parents};
-use kiln_disk::packs::{PackSink, Packs};
+use kiln_disk::packs::{NewPack, PackSink, Packs};
 use kiln_disk::raw::RawSource;
 use kiln_model::Digest;
 use kiln_model::base::{Base, DiskFile, DiskFormat};
 use kiln_model::block::{BlockSource, ImageSink, Published};
-use kiln_model::error::{Code, Error, Result, ResultExt};
+use kiln_model::error::{Code, Result, ResultExt};
 use kiln_model::image::{BlockMap, Config, DiskConfig, DiskRecord, KIND, KIND_BASE, PackRef};
 use kiln_model::reference::{Pointer, Reference};
 
@@ -43,52 +41,34 @@ impl Packs for StorePacks {
     }
 }
 
-/// Takes new packs. Syncing one takes as long as writing it, so it is done on
-/// a thread of its own, beside the compression of the next.
-struct Sink<'a> {
-    store: &'a Store,
-    open: Option<Temp>,
-    whole: Option<SyncSender<(Temp, File, PackRef)>>,
-    ended: Receiver<Result<()>>,
-}
-
-impl<'a> Sink<'a> {
-    fn new<'scope>(store: &'a Store, scope: &'scope Scope<'scope, 'a>) -> Self {
-        // One being synced, one waiting, one being written.
-        let (whole, packs) = sync_channel::<(Temp, File, PackRef)>(1);
-        let (end, ended) = sync_channel(1);
-        scope.spawn(move || {
-            let keep = |(temp, file, pack): (Temp, File, PackRef)| {
-                file.sync_all().trying(|| format!("write pack {}", pack.digest))?;
-                store.place_blob(temp, &pack.digest)
-            };
-            drop(end.send(packs.iter().try_for_each(keep)));
-        });
-        Self { store, open: None, whole: Some(whole), ended }
-    }
-
-    /// Waits until every pack is in its place.
-    fn end(mut self) -> Result<()> {
-        self.whole = None;
-        self.ended.recv().unwrap_or_else(|_| Err(Error::new(Code::Failed, "packs could not be written")))
-    }
-}
+/// Takes new packs.
+struct Sink<'a>(&'a Store);
 
 impl PackSink for Sink<'_> {
-    fn create(&mut self) -> Result<File> {
-        let (temp, file) = self.store.temp()?;
-        self.open = Some(temp);
-        Ok(file)
+    fn create(&mut self) -> Result<Box<dyn NewPack>> {
+        let (temp, file) = self.0.temp()?;
+        Ok(Box::new(Pack { store: self.0.clone(), temp, file }))
+    }
+}
+
+/// One that is being written.
+struct Pack {
+    store: Store,
+    temp: Temp,
+    file: File,
+}
+
+impl NewPack for Pack {
+    fn file(&self) -> &File {
+        &self.file
     }
 
-    fn finish(&mut self, file: File, pack: PackRef) -> Result<()> {
-        // The reason, when the other end is gone, comes from `end`.
-        if let (Some(temp), Some(whole)) = (self.open.take(), &self.whole)
-            && whole.send((temp, file, pack)).is_err()
-        {
-            return Err(Error::new(Code::Failed, "packs could not be written"));
-        }
-        Ok(())
+    fn sync(&mut self) -> Result<()> {
+        self.file.sync_all().trying(|| "write a pack".into())
+    }
+
+    fn keep(self: Box<Self>, pack: &PackRef) -> Result<()> {
+        self.store.place_blob(self.temp, &pack.digest)
     }
 }
 
@@ -104,14 +84,8 @@ impl Store {
         for map in maps.iter().copied().chain(backing) {
             self.hold(&map.packs)?;
         }
-        std::thread::scope(|scope| {
-            let mut sink = Sink::new(self, scope);
-            let packs = StorePacks::new(self);
-            let packed = pack::pack(source, &Parents { backing, maps: &maps, packs: &packs }, &mut sink, progress);
-            // A pack that could not be kept is why packing failed, if it did.
-            let kept = sink.end();
-            kept.and(packed)
-        })
+        let packs = StorePacks::new(self);
+        pack::pack(source, &Parents { backing, maps: &maps, packs: &packs }, &mut Sink(self), progress)
     }
 
     /// Writes a disk to a new sparse raw file at `to`, checking every block.
@@ -134,6 +108,7 @@ impl Store {
     /// Makes an image of a disk from elsewhere: a raw file or a qcow2 that has
     /// been checked to stand alone. `config` says what it is; its disks are
     /// filled in, and an empty version with the first digits of the disk digest.
+    /// Blocks that the image of that name has already are not stored again.
     ///
     /// # Errors
     /// As [`ImageSink::write_disk`] and [`Store::publish_as`].
@@ -154,7 +129,8 @@ impl Store {
                 Box::new(OverlayDisk::open(disk, 1, folder.path(), None)?)
             }
         };
-        let record = self.write_disk("root", &mut *source, None, &[], progress)?;
+        let parents: Vec<DiskRecord> = self.predecessor(&config.name)?.into_iter().collect();
+        let record = self.write_disk("root", &mut *source, None, &parents, progress)?;
         let mut config = config.clone();
         if config.version.is_empty() {
             config.version = record.digest.short();
@@ -212,9 +188,10 @@ impl ImageSink for Store {
             steps: Vec::new(),
             commit: None,
             labels: BTreeMap::from([("label".to_owned(), label.to_owned())]),
+            cloud: Vec::new(),
         };
         let annotations = BTreeMap::from([(KIND.to_owned(), KIND_BASE.to_owned())]);
-        self.import(&base.disk, &config, &annotations, progress).map(|(_, record)| record)
+        self.import(base.file()?, &config, &annotations, progress).map(|(_, record)| record)
     }
 
     fn name_again(&self, name: &str, version: &str, image: &Digest) -> Result<Option<Digest>> {

@@ -21,6 +21,8 @@ pub(crate) const AT: &str = "vnd.kiln.at";
 pub(crate) const FIXED: &str = "vnd.kiln.fixed";
 /// Annotation: disk digest of the root disk.
 pub(crate) const ROOT_DISK: &str = "vnd.kiln.root";
+/// Annotation: disk digest of what the image was baked from.
+pub(crate) const BASE_DISK: &str = "vnd.kiln.base";
 /// Annotation: digest of the config, so that finding it opens no manifest.
 pub(crate) const CONFIG_DIGEST: &str = "vnd.kiln.config";
 

@@ -3,11 +3,15 @@
 //! Source: OCI image specification 1.1, `manifest.md` and `descriptor.md`.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 
 use kiln_model::Digest;
 use kiln_model::error::{Code, Error, Result};
 use kiln_model::image::{BLOCK_MAP, CONFIG, Config, DiskRecord, IMAGE, PACK};
-use serde::{Deserialize, Serialize};
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::artifacts::{EMPTY, EMPTY_BYTES};
 
 /// Media type of an image manifest.
 pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -26,7 +30,7 @@ pub(crate) const MANIFEST_LIMIT: u64 = 4 * 1024 * 1024;
 pub(crate) const MAX_LAYERS: usize = 256;
 
 /// Points to a blob.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// What the blob is.
@@ -41,6 +45,50 @@ pub struct Descriptor {
     /// Fields that kiln does not use, kept as they are.
     #[serde(flatten)]
     pub other: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Written out, because the derived form of a flattened field keeps everything
+/// aside first: an image has up to 256 layers, and a store thousands of images.
+impl<'de> Deserialize<'de> for Descriptor {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Fields;
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Descriptor;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a descriptor")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Descriptor, A::Error> {
+                /// A field may be there once.
+                fn once<T, E: serde::de::Error>(field: &mut Option<T>, name: &'static str, value: T) -> std::result::Result<(), E> {
+                    if field.replace(value).is_some() { Err(E::duplicate_field(name)) } else { Ok(()) }
+                }
+                let (mut media_type, mut digest, mut size, mut annotations) = (None, None, None, None);
+                let mut other = serde_json::Map::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    match name.as_str() {
+                        "mediaType" => once(&mut media_type, "mediaType", map.next_value()?)?,
+                        "digest" => once(&mut digest, "digest", map.next_value()?)?,
+                        "size" => once(&mut size, "size", map.next_value()?)?,
+                        "annotations" => once(&mut annotations, "annotations", map.next_value()?)?,
+                        _ => drop(other.insert(name, map.next_value()?)),
+                    }
+                }
+                let missing = serde::de::Error::missing_field;
+                Ok(Descriptor {
+                    media_type: media_type.ok_or_else(|| missing("mediaType"))?,
+                    digest: digest.ok_or_else(|| missing("digest"))?,
+                    size: size.ok_or_else(|| missing("size"))?,
+                    annotations: annotations.unwrap_or_default(),
+                    other,
+                })
+            }
+        }
+
+        deserializer.deserialize_map(Fields)
+    }
 }
 
 impl Descriptor {
@@ -92,6 +140,13 @@ impl Manifest {
                 layers.push(Descriptor::new(PACK, pack.digest, pack.size));
             }
         }
+        if layers.is_empty() {
+            // An image at a cloud alone. The specification asks for one layer at
+            // least; this is the one that it gives to those who have none.
+            let mut empty = Descriptor::new(EMPTY, Digest::of(EMPTY_BYTES), EMPTY_BYTES.len() as u64);
+            empty.other.insert("data".into(), "e30=".into());
+            layers.push(empty);
+        }
         if layers.len() > MAX_LAYERS {
             let what = format!("the image would have {} layers, more than the {MAX_LAYERS} that registries take", layers.len());
             return Err(Error::new(Code::Failed, what).next("make the disks smaller: about 16 GiB of compressed data fit in one image"));
@@ -123,7 +178,7 @@ impl Manifest {
         if manifest.layers.len() > MAX_LAYERS {
             return Err(wrong("it has too many layers"));
         }
-        if !manifest.layers.iter().all(|layer| [BLOCK_MAP, PACK].contains(&layer.media_type.as_str())) {
+        if !manifest.layers.iter().all(|layer| [BLOCK_MAP, PACK, EMPTY].contains(&layer.media_type.as_str())) {
             return Err(wrong("it has layers of a kind that this kiln does not know"));
         }
         Ok(manifest)
@@ -151,28 +206,40 @@ pub(crate) fn parse_config(bytes: &[u8], digest: &Digest) -> Result<Config> {
         .map_err(|error| Error::new(Code::Corrupt, format!("config {digest} is not one that this kiln reads")).because(error))
 }
 
-/// The descriptors in any manifest or index, whoever wrote it; the one it is
-/// attached to apart.
+/// What any manifest or index says, whoever wrote it.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct Links {
-    /// What it needs.
-    pub(crate) needs: Vec<Descriptor>,
+    /// What kind of artifact it is.
+    pub(crate) artifact_type: Option<String>,
+    /// Its config.
+    pub(crate) config: Option<Descriptor>,
+    /// Its layers.
+    #[serde(default)]
+    pub(crate) layers: Vec<Descriptor>,
+    /// The manifests of an index.
+    #[serde(default)]
+    pub(crate) manifests: Vec<Descriptor>,
+    #[serde(default, deserialize_with = "digest_of")]
     /// What it is attached to.
     pub(crate) subject: Option<Digest>,
+    /// What else it says.
+    #[serde(default)]
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+fn digest_of<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Digest>, D::Error> {
+    Ok(Option::<Descriptor>::deserialize(deserializer)?.map(|subject| subject.digest))
+}
+
+impl Links {
+    /// What it needs; what it is attached to apart.
+    pub(crate) fn needs(&self) -> impl Iterator<Item = &Descriptor> {
+        self.config.iter().chain(&self.layers).chain(&self.manifests)
+    }
 }
 
 /// Reads what any manifest or index points to.
 pub(crate) fn links(bytes: &[u8]) -> Result<Links> {
-    #[derive(Deserialize)]
-    struct Any {
-        config: Option<Descriptor>,
-        #[serde(default)]
-        layers: Vec<Descriptor>,
-        #[serde(default)]
-        manifests: Vec<Descriptor>,
-        subject: Option<Descriptor>,
-    }
-    let any: Any =
-        serde_json::from_slice(bytes).map_err(|error| Error::new(Code::Corrupt, "this is no OCI manifest or index").because(error))?;
-    let needs = any.config.into_iter().chain(any.layers).chain(any.manifests).collect();
-    Ok(Links { needs, subject: any.subject.map(|subject| subject.digest) })
+    serde_json::from_slice(bytes).map_err(|error| Error::new(Code::Corrupt, "this is no OCI manifest or index").because(error))
 }

@@ -8,8 +8,9 @@ use kiln_model::error::{Code, Error, Result, ResultExt};
 use kiln_model::image::{CONFIG, CREATED, Config, DiskRecord, KIND, KIND_BASE, PackRef};
 use kiln_model::reference::{Pointer, Reference, check_name, check_tag};
 
+use crate::artifacts::EMPTY_BYTES;
 use crate::blobs::Store;
-use crate::index::{AT, CONFIG_DIGEST, FIXED, Index, REF_NAME, ROOT_DISK};
+use crate::index::{AT, BASE_DISK, CONFIG_DIGEST, FIXED, Index, REF_NAME, ROOT_DISK};
 use crate::manifest::{Descriptor, MANIFEST, MANIFEST_LIMIT, Manifest, TITLE};
 
 /// What to publish.
@@ -61,7 +62,7 @@ fn usage(why: &str) -> Error {
 
 /// Now, in RFC 3339, always with nine digits of the second so that texts sort
 /// as times do.
-fn now() -> String {
+pub(crate) fn now() -> String {
     format!("{:.9}", jiff::Timestamp::now())
 }
 
@@ -88,6 +89,7 @@ impl Store {
         let Publish { config, disks, .. } = publish;
         check_name(&config.name).map_err(|why| usage(&format!("`{}` cannot name an image: {why}", config.name)))?;
         for tag in std::iter::once(&config.version).chain(publish.tags) {
+            self.may_tag(&config.name, tag)?;
             check_tag(tag).map_err(|why| usage(&format!("`{tag}` cannot be a version or tag: {why}")))?;
         }
         let same = |(disk, said): (&DiskRecord, &kiln_model::image::DiskConfig)| {
@@ -118,8 +120,11 @@ impl Store {
             entry.annotations.retain(|key, _| ![REF_NAME, FIXED, KIND].contains(&key.as_str()));
             entry.annotations.insert(AT.into(), now());
             entry.annotations.insert(CONFIG_DIGEST.into(), config_digest.to_string());
-            if let Some((disk, _)) = disks.iter().zip(&config.disks).find(|(_, said)| said.root) {
-                entry.annotations.insert(ROOT_DISK.into(), disk.digest.to_string());
+            if let Some(root) = config.as_base() {
+                entry.annotations.insert(ROOT_DISK.into(), root.to_string());
+            }
+            if let Some(base) = config.base {
+                entry.annotations.insert(BASE_DISK.into(), base.to_string());
             }
             if publish.annotations.get(KIND).is_some_and(|kind| kind == KIND_BASE) {
                 entry.annotations.insert(KIND.into(), KIND_BASE.into());
@@ -142,6 +147,9 @@ impl Store {
             needed.push(PackRef { digest: disk.map_digest, size });
             needed.extend(&disk.map.packs);
             sizes.push(size);
+        }
+        if publish.disks.is_empty() {
+            self.write_blob(EMPTY_BYTES)?;
         }
         let there = self.hold(&needed)?;
         if let Some(missing) = needed.iter().find(|blob| !there.contains(blob)) {
@@ -180,6 +188,9 @@ impl Store {
     /// As [`Store::resolve`]; [`Code::Refused`] when `to` is fixed elsewhere.
     pub fn tag(&self, reference: &Reference, to: &Reference) -> Result<Option<Moved>> {
         let name = tagged(to)?;
+        if let Pointer::Tag(Some(tag)) = &to.pointer {
+            self.may_tag(&to.name, tag)?;
+        }
         let digest = self.resolve(reference)?;
         self.update(|index| {
             let entry = index.manifests.iter().find(|entry| entry.digest == digest);
@@ -192,6 +203,28 @@ impl Store {
             }
             Ok(moved)
         })
+    }
+
+    /// Refuses tags that mean something else: names of channels, and what kiln
+    /// and cosign keep at tags of a registry.
+    ///
+    /// # Errors
+    /// [`Code::Usage`] with what it means.
+    pub fn may_tag(&self, name: &str, tag: &str) -> Result<()> {
+        crate::channel::not_reserved(tag)?;
+        if kiln_model::reference::check_channel(tag).is_ok() && self.channels_of(name).iter().any(|channel| channel == tag) {
+            return Err(crate::channel::is_a_channel(name, tag));
+        }
+        Ok(())
+    }
+
+    /// Keeps a manifest and all that it needs from [`Store::prune`], as long as
+    /// this store is open.
+    ///
+    /// # Errors
+    /// When the lease cannot be written.
+    pub fn protect(&self, manifest: &Digest) -> Result<()> {
+        self.hold(&[PackRef { digest: *manifest, size: 0 }]).map(|_| ())
     }
 
     /// Removes a tag. The image stays, under its digest, until `prune`; the bare
@@ -242,7 +275,7 @@ impl Store {
 }
 
 /// Points a tag somewhere unless it is fixed elsewhere.
-fn point(index: &mut Index, name: &str, to: &Descriptor) -> Result<Option<Moved>> {
+pub(crate) fn point(index: &mut Index, name: &str, to: &Descriptor) -> Result<Option<Moved>> {
     let mut to = to.clone();
     if let Some(before) = index.entry(name)
         && let Some(why) = before.annotation(FIXED)

@@ -1,6 +1,6 @@
 //! From references to images.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use kiln_model::Digest;
 use kiln_model::block::BlockSource;
@@ -8,10 +8,11 @@ use kiln_model::error::{Code, Error, Result};
 use kiln_model::image::{BlockMap, CREATED, Config, DiskRecord, KIND, KIND_BASE, PackRef, Place};
 use kiln_model::reference::{Pointer, Reference};
 
+use crate::artifacts::{self, Attached};
 use crate::blobs::Store;
 use crate::blockmap::{self, MAP_LIMIT};
 use crate::index::{AT, FIXED, Index, REF_NAME, ROOT_DISK};
-use crate::manifest::{MANIFEST, MANIFEST_LIMIT, Manifest, parse_config};
+use crate::manifest::{Descriptor, MANIFEST, MANIFEST_LIMIT, Manifest, parse_config};
 
 /// An image in the store.
 #[derive(Debug, Clone)]
@@ -32,12 +33,20 @@ pub struct Image {
     pub at: Option<String>,
     /// Bytes of all its blobs, those that it shares with other images included.
     pub size: u64,
+    /// What is attached to it and says so in the index.
+    pub attached: Vec<Attached>,
 }
 
 impl Image {
     /// When it was made, RFC 3339.
     pub fn created(&self) -> Option<&str> {
         self.manifest.annotations.get(CREATED).map(String::as_str)
+    }
+
+    /// Whether it was revoked itself. That it descends from an image that was
+    /// is for [`crate::revoke::revoked`] to say.
+    pub fn is_revoked(&self) -> bool {
+        self.attached.iter().any(|attached| attached.artifact_type == crate::revoke::REVOCATION)
     }
 
     /// Digest of its root disk.
@@ -56,7 +65,7 @@ pub struct Listing {
 }
 
 /// Names near `wanted`, the nearest first, or the first few of all.
-fn near<'a>(wanted: &str, all: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn near<'a>(wanted: &str, all: impl IntoIterator<Item = &'a str>) -> String {
     let mut all: Vec<&str> = all.into_iter().collect();
     if all.len() > 5 {
         all.sort_by_key(|name| strsim::damerau_levenshtein(wanted, name));
@@ -102,18 +111,21 @@ impl Store {
     /// # Errors
     /// [`Code::NotFound`], with the names or tags that are near.
     pub fn resolve(&self, reference: &Reference) -> Result<Digest> {
-        let index = self.index()?;
         if reference.registry.is_some() {
             let error = Error::new(Code::NotFound, format!("{reference} is at a registry, not in the store"));
             return Err(error.next("references into the store have no registry: NAME or NAME:TAG"));
         }
+        let index = self.index()?;
         let entry = match &reference.pointer {
             Pointer::Tag(Some(tag)) => index.entry(&format!("{}:{tag}", reference.name)),
             Pointer::Tag(None) => index.entry(&reference.name).or_else(|| index.versions(&reference.name).first().map(|(_, entry)| *entry)),
             Pointer::Digest(digest) => index.manifests.iter().find(|entry| entry.digest == *digest),
             Pointer::Channel(channel) => {
-                let error = Error::new(Code::NotFound, format!("{} has no channel `{channel}`", reference.name));
-                return Err(error.next(format!("write {}:TAG for a version", reference.name)));
+                let head = self.chain(&reference.name, channel)?.head().map(|head| head.record().image);
+                let head = head.ok_or_else(|| crate::channel::unknown(&reference.name, channel, &self.channels_of(&reference.name)))?;
+                let entry = index.manifests.iter().find(|entry| entry.digest == head);
+                let gone = || Error::new(Code::NotFound, format!("{reference} is {head}, which is not in the store any more"));
+                Some(entry.ok_or_else(|| gone().next("`kiln rollback` goes back to the image before it"))?)
             }
         };
         entry.map(|entry| entry.digest).ok_or_else(|| unknown(&index, reference))
@@ -134,18 +146,24 @@ impl Store {
             return Err(Error::new(Code::NotFound, format!("no image {digest} is in the store")));
         }
         let manifest = Manifest::parse(&self.read_blob(digest, MANIFEST_LIMIT)?)?;
+        self.image_of(*digest, manifest, &entries, self.attached_in(index, digest))
+    }
+
+    /// What the entries of an image say of it, and its config.
+    fn image_of(&self, digest: Digest, manifest: Manifest, entries: &[&Descriptor], attached: Vec<Attached>) -> Result<Image> {
         let config = parse_config(&self.read_blob(&manifest.config.digest, MANIFEST_LIMIT)?, &manifest.config.digest)?;
-        let name = |entry: &&crate::manifest::Descriptor| entry.annotation(REF_NAME).map(ToOwned::to_owned);
+        let name = |entry: &&Descriptor| entry.annotation(REF_NAME).map(ToOwned::to_owned);
         let mut names: Vec<String> = entries.iter().filter_map(&name).collect();
         names.sort_by_key(|name| (!name.contains(':'), name.clone()));
         let fixed = entries.iter().filter_map(|entry| Some((name(entry)?, entry.annotation(FIXED)?.to_owned()))).collect();
         Ok(Image {
-            digest: *digest,
+            digest,
             names,
             fixed,
             base: entries.iter().all(|entry| entry.annotation(KIND) == Some(KIND_BASE)),
             at: entries.iter().filter_map(|entry| entry.annotation(AT)).max().map(Into::into),
             size: manifest.size().saturating_add(entries.first().map_or(0, |entry| entry.size)),
+            attached,
             manifest,
             config,
         })
@@ -153,32 +171,57 @@ impl Store {
 
     /// All images, the newest first; with the bases that bakes start from if
     /// `bases`. Other things in the layout (a container image that somebody
-    /// copied there) are passed over.
+    /// copied there, what is attached to an image) are passed over.
     ///
     /// # Errors
     /// When the index cannot be read.
     pub fn images(&self, bases: bool) -> Result<Listing> {
         let index = self.index()?;
         let mut listing = Listing::default();
-        let mut seen = BTreeSet::new();
+        let mut entries: HashMap<Digest, Vec<&Descriptor>> = HashMap::new();
+        let mut attached: HashMap<Digest, Vec<Attached>> = HashMap::new();
+        let mut order = Vec::new();
         for entry in index.manifests.iter().filter(|entry| entry.media_type == MANIFEST) {
-            if !seen.insert(entry.digest) || self.is_foreign(&entry.digest) {
+            if let Some(subject) = artifacts::subject(entry) {
+                attached.entry(subject).or_default().push(Attached::of(entry));
                 continue;
             }
-            match self.image_in(&index, &entry.digest) {
-                Ok(image) if image.base && !bases => {}
-                Ok(image) => listing.images.push(image),
-                Err(error) => listing.damaged.push((entry.digest, error)),
+            let of = entries.entry(entry.digest).or_default();
+            if of.is_empty() {
+                order.push(entry.digest);
+            }
+            of.push(entry);
+        }
+        // Only what is no image is `None`.
+        let image = |digest: &Digest, bytes: Result<Vec<u8>>| -> Option<Result<Image>> {
+            let of = entries.get(digest).map(Vec::as_slice).unwrap_or_default();
+            let bytes = match bytes {
+                Ok(bytes) => bytes,
+                Err(error) => return Some(Err(error)),
+            };
+            match Manifest::parse(&bytes) {
+                Ok(manifest) => Some(self.image_of(*digest, manifest, of, attached.get(digest).cloned().unwrap_or_default())),
+                Err(_) if is_foreign(&bytes) => None,
+                Err(error) => Some(Err(error)),
+            }
+        };
+        order.retain(|digest| {
+            let of = entries.get(digest).map(Vec::as_slice).unwrap_or_default();
+            bases || of.iter().any(|entry| entry.annotation(KIND) != Some(KIND_BASE))
+        });
+        let read = in_parallel(&order, |part| {
+            let few = part.chunks(64);
+            few.flat_map(|few| few.iter().zip(self.read_blobs(few, MANIFEST_LIMIT))).map(|(digest, bytes)| image(digest, bytes)).collect()
+        });
+        for (digest, image) in order.into_iter().zip(read) {
+            match image {
+                Some(Ok(image)) => listing.images.push(image),
+                Some(Err(error)) => listing.damaged.push((digest, error)),
+                None => {}
             }
         }
         listing.images.sort_by(|a, b| b.at.cmp(&a.at).then_with(|| a.names.cmp(&b.names)));
         Ok(listing)
-    }
-
-    /// Whether a manifest is sound, and no kiln image.
-    fn is_foreign(&self, digest: &Digest) -> bool {
-        let value = self.read_blob(digest, MANIFEST_LIMIT).ok().and_then(|b| serde_json::from_slice::<serde_json::Value>(&b).ok());
-        value.is_some_and(|value| value.get("artifactType").and_then(|kind| kind.as_str()) != Some(kiln_model::image::IMAGE))
     }
 
     /// The root disk of an image. Its packs are safe from `prune` as long as
@@ -190,8 +233,17 @@ impl Store {
     pub fn record(&self, digest: &Digest) -> Result<DiskRecord> {
         let image = self.image(digest)?;
         let root = image.config.disks.iter().find(|disk| disk.root).map(|disk| disk.name.clone());
-        let root = root.ok_or_else(|| Error::new(Code::Corrupt, format!("image {digest} has no root disk")))?;
+        let root = root.ok_or_else(|| no_disk(&image.config, digest))?;
         self.disk(&image, &root)
+    }
+
+    /// Whether an image is there with all that it has, its disk included where
+    /// it has one.
+    pub fn has_image(&self, digest: &Digest) -> bool {
+        match self.image(digest) {
+            Ok(image) => image.disk_digest().is_none() || self.record(digest).is_ok(),
+            Err(_) => false,
+        }
     }
 
     /// A disk of an image by its name, as [`Store::record`].
@@ -231,6 +283,20 @@ impl Store {
         Ok(entries.filter_map(|entry| self.record(&entry.digest).ok()).find(|record| record.digest == *disk))
     }
 
+    /// The images whose root disk has this digest, bases included.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn images_with(&self, disk: &Digest) -> Result<Vec<Digest>> {
+        let text = disk.to_string();
+        let index = self.index()?;
+        let mut images: Vec<Digest> =
+            index.manifests.iter().filter(|entry| entry.annotation(ROOT_DISK) == Some(&text)).map(|entry| entry.digest).collect();
+        images.sort();
+        images.dedup();
+        Ok(images)
+    }
+
     /// The content of a disk, read at any place and checked block by block.
     ///
     /// # Errors
@@ -242,7 +308,40 @@ impl Store {
     }
 }
 
+/// Does `work` for parts of `digests`, on all processors when there are many;
+/// gives the results in their order.
+fn in_parallel<T: Send>(digests: &[Digest], work: impl Fn(&[Digest]) -> Vec<T> + Sync) -> Vec<T> {
+    const FEW: usize = 32;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let parts = digests.chunks(digests.len().div_ceil(threads).max(FEW));
+        let work = &work;
+        let running: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
+        let done = running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        done.flatten().collect()
+    })
+}
+
+/// The error of an image whose root disk is not there: at a cloud, it need not
+/// be.
+pub(crate) fn no_disk(config: &Config, digest: &Digest) -> Error {
+    match config.cloud.first() {
+        Some(image) => Error::new(
+            Code::NotFound,
+            format!("{}:{} is {} in {}, and its disk was not brought here", config.name, config.version, image.id, image.region),
+        )
+        .next("bake it with --fetch, which reads its disk back; or use it at its cloud"),
+        None => Error::new(Code::Corrupt, format!("image {digest} has no root disk")),
+    }
+}
+
 /// Bytes of blocks that are not zero.
 pub(crate) fn used(map: &BlockMap) -> u64 {
     map.blocks.iter().filter(|block| block.place != Place::Zero).count() as u64 * kiln_model::block::BLOCK
+}
+
+/// Whether a manifest is sound, and no kiln image.
+fn is_foreign(bytes: &[u8]) -> bool {
+    let value = serde_json::from_slice::<serde_json::Value>(bytes);
+    value.is_ok_and(|value| value.get("artifactType").and_then(|kind| kind.as_str()) != Some(kiln_model::image::IMAGE))
 }

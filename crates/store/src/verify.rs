@@ -1,5 +1,6 @@
 //! Reading everything again.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -7,15 +8,20 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use kiln_disk::blocks::Decoder;
+use kiln_disk::blocks::{self, Decoder};
+use kiln_disk::lanes;
 use kiln_model::Digest;
 use kiln_model::error::{Code, Error, Result, ResultExt};
 use kiln_model::image::{BLOCK_MAP, Place};
 
+use crate::artifacts::{self, Attached};
 use crate::blobs::{Store, damaged};
 use crate::blockmap::{self, MAP_LIMIT};
 use crate::index::REF_NAME;
 use crate::manifest::{Descriptor, MANIFEST, MANIFEST_LIMIT, Manifest, links, parse_config};
+
+/// From how many bytes on a blob is worth a thread of its own.
+const LARGE: u64 = 1 << 20;
 
 /// What is wrong with one blob.
 #[derive(Debug)]
@@ -101,8 +107,17 @@ impl Store {
     /// Collects what the manifests and maps promise.
     fn expected(&self) -> Result<Expected> {
         let mut expected = Expected::default();
-        for entry in &self.index()?.manifests {
-            let name = entry.annotation(REF_NAME).map_or_else(|| entry.digest.to_string(), Into::into);
+        let index = self.index()?;
+        let named = |digest: &Digest| index.manifests.iter().find(|entry| entry.digest == *digest)?.annotation(REF_NAME);
+        for entry in &index.manifests {
+            let name = match (entry.annotation(REF_NAME), artifacts::subject(entry)) {
+                (Some(name), _) => name.to_owned(),
+                (None, Some(subject)) => {
+                    let image = named(&subject).map_or_else(|| subject.to_string(), Into::into);
+                    format!("{} of {image}", Attached::of(entry).artifact_type)
+                }
+                (None, None) => entry.digest.to_string(),
+            };
             expected.need(entry, &name);
             if let Err((blob, error)) = self.expect(entry, &name, &mut expected) {
                 expected.found.push((blob, error));
@@ -114,7 +129,7 @@ impl Store {
     fn expect(&self, entry: &Descriptor, name: &str, expected: &mut Expected) -> Result<(), (Digest, Error)> {
         let of = |digest: Digest| move |error: Error| (digest, error);
         let bytes = self.read_blob(&entry.digest, MANIFEST_LIMIT).map_err(of(entry.digest))?;
-        for blob in &links(&bytes).map_err(of(entry.digest))?.needs {
+        for blob in links(&bytes).map_err(of(entry.digest))?.needs() {
             expected.need(blob, name);
         }
         let ours = serde_json::from_slice::<serde_json::Value>(&bytes)
@@ -152,22 +167,38 @@ impl Store {
         progress: &mut dyn FnMut(u64, u64),
     ) -> (Vec<(Digest, Error)>, u64) {
         let total = blobs.iter().map(|(_, size)| size).sum();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+        // Those of about one size together, to be digested side by side; but
+        // few large ones are better shared out.
+        let mut by_size = blobs.to_vec();
+        by_size.sort_by_key(|(digest, size)| (Reverse(*size), *digest));
+        let large = by_size.iter().filter(|(_, size)| *size >= LARGE).count();
+        let group = lanes::at_once().min(large.div_ceil(threads)).max(1);
+        let groups: Vec<&[(Digest, u64)]> = by_size.chunks(group).collect();
         let (next, done, blocks) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let found = Mutex::new(Vec::new());
         let work = || {
-            while let Some((digest, size)) = blobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let frames = frames.get(digest);
-                let result = self.check(digest, frames);
-                match result {
-                    Ok(()) => drop(blocks.fetch_add(frames.map_or(0, HashSet::len) as u64, Ordering::Relaxed)),
-                    Err(error) => found.lock().unwrap_or_else(PoisonError::into_inner).push((*digest, error)),
+            while let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let files: Vec<Result<File>> = group.iter().map(|(digest, _)| self.open_blob(digest)).collect();
+                let open: Vec<&File> = files.iter().flatten().collect();
+                let mut digests = lanes::digests_of_files(&open).into_iter();
+                for ((digest, size), file) in group.iter().zip(files) {
+                    let frames = frames.get(digest);
+                    let checked = file.and_then(|file| match digests.next() {
+                        Some(is) => check(digest, &file, is, frames),
+                        None => Err(damaged(digest)),
+                    });
+                    match checked {
+                        Ok(()) => drop(blocks.fetch_add(frames.map_or(0, HashSet::len) as u64, Ordering::Relaxed)),
+                        Err(error) => found.lock().unwrap_or_else(PoisonError::into_inner).push((*digest, error)),
+                    }
+                    done.fetch_add(*size, Ordering::Relaxed);
                 }
-                done.fetch_add(*size, Ordering::Relaxed);
             }
         };
         std::thread::scope(|scope| {
             let (ended, ends) = mpsc::channel::<()>();
-            for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(16) {
+            for _ in 0..threads {
                 let (ended, work) = (ended.clone(), &work);
                 scope.spawn(move || {
                     work();
@@ -182,25 +213,31 @@ impl Store {
         progress(total, total);
         (found.into_inner().unwrap_or_else(PoisonError::into_inner), blocks.into_inner())
     }
+}
 
-    /// Checks one blob, and the frames in it.
-    fn check(&self, digest: &Digest, frames: Option<&HashSet<Frame>>) -> Result<()> {
-        let mut file: File = self.open_blob(digest)?;
-        let (is, _) = Digest::of_reader(&mut file).trying(|| format!("read blob {digest}"))?;
-        if is != *digest {
-            return Err(damaged(digest));
-        }
-        let mut frames: Vec<&Frame> = frames.into_iter().flatten().collect();
-        frames.sort();
-        let mut decoder = Decoder::new()?;
-        let mut bytes = Vec::new();
-        for (offset, length, block) in frames {
-            bytes.resize(*length as usize, 0);
-            file.read_exact_at(&mut bytes, u64::from(*offset)).trying(|| format!("read pack {digest}"))?;
-            decoder.decode(&bytes, block, digest)?;
-        }
-        Ok(())
+/// Checks one blob, whose bytes have been digested, and the frames in it.
+fn check(digest: &Digest, file: &File, is: std::io::Result<(Digest, u64)>, frames: Option<&HashSet<Frame>>) -> Result<()> {
+    let (is, size) = is.trying(|| format!("read blob {digest}"))?;
+    if is != *digest {
+        return Err(damaged(digest));
     }
+    let mut frames: Vec<&Frame> = frames.into_iter().flatten().collect();
+    frames.sort();
+    let mut decoder = Decoder::new()?;
+    for batch in frames.chunks(lanes::at_once()) {
+        let mut read = Vec::with_capacity(batch.len());
+        for (offset, length, block) in batch {
+            if u64::from(*offset) + u64::from(*length) > size {
+                return Err(damaged(digest));
+            }
+            let mut bytes = vec![0; *length as usize];
+            file.read_exact_at(&mut bytes, u64::from(*offset)).trying(|| format!("read pack {digest}"))?;
+            read.push((bytes, *block));
+        }
+        let frames: Vec<_> = read.iter().map(|(bytes, block)| blocks::Frame { bytes, digest: *block, pack: *digest }).collect();
+        decoder.decode_all(&frames).try_for_each(|block| block.map(drop))?;
+    }
+    Ok(())
 }
 
 impl Expected {

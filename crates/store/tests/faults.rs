@@ -13,14 +13,25 @@ use kiln_store::{Keep, Store};
 
 #[test]
 fn every_flipped_byte_is_found_and_named() {
+    flipped(12);
+}
+
+#[test]
+#[ignore = "takes long; ci/prove runs it"]
+fn a_thousand_flipped_bytes_are_found_and_named() {
+    flipped(150);
+}
+
+/// Changes so many places of every blob, one at a time.
+fn flipped(places: usize) {
     let context = Context::new();
     context.image("web", "1", &[(1, 1), (2, 2)]);
     context.image("db", "1", &[(1, 7)]);
     for path in context.blobs() {
         let good = std::fs::read(&path).unwrap();
         let name = format!("sha256:{}", path.file_name().unwrap().to_str().unwrap());
-        for n in 0..12 {
-            let at = n * (good.len() - 1) / 11;
+        for n in 0..places {
+            let at = n * (good.len() - 1) / (places - 1);
             let mut bad = good.clone();
             bad[at] ^= 1 << (n % 8);
             std::fs::write(&path, &bad).unwrap();

@@ -130,7 +130,7 @@ fn bases_are_hidden_and_pruned_on_request() {
     let raw = context.raw(&[(1, 1), (2, 2)]);
     let base = kiln_model::base::Base {
         label: "debian bookworm".into(),
-        disk: kiln_model::base::DiskFile { path: raw, format: kiln_model::base::DiskFormat::Raw, size: 16 * BLOCK },
+        disk: kiln_model::base::DiskFile { path: raw, format: kiln_model::base::DiskFormat::Raw, size: 16 * BLOCK }.into(),
         firmware: kiln_model::image::Firmware::BiosUefi,
         architecture: "amd64".into(),
         credentials: Some(true),

@@ -87,6 +87,7 @@ pub(crate) fn config(name: &str, version: &str, disks: &[DiskRecord]) -> Config 
         steps: vec![],
         commit: None,
         labels: BTreeMap::from([("team".to_owned(), "shop".to_owned())]),
+        cloud: Vec::new(),
     }
 }
 
