@@ -9,7 +9,7 @@ use kiln_model::kind::Kind;
 use kiln_model::provision::{Provisioner, Step};
 use kiln_model::settings::{Node, Problems, Reader, existing_path};
 use kiln_model::tree::{Kind as EntryKind, Tree};
-use kiln_model::{Code, Error, Result};
+use kiln_model::{Code, Digest, Error, Result};
 
 use crate::settings::finish;
 
@@ -224,7 +224,7 @@ impl Provisioner for Files {
                 tree.key(hasher)
             }
             What::Content(text) => {
-                hasher.field("content", text);
+                hasher.field("content", text).input("content", Digest::of(text));
                 Ok(())
             }
             What::Download(source, _) => {

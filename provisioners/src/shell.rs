@@ -12,7 +12,7 @@ use kiln_model::key::KeyHasher;
 use kiln_model::kind::Kind;
 use kiln_model::provision::{Common, Provisioner, Step};
 use kiln_model::settings::{Node, Problems, Reader, Value, wrong_type};
-use kiln_model::{Code, Error, Result};
+use kiln_model::{Code, Digest, Error, Result};
 
 use crate::settings::finish;
 use crate::trace::{Record, complaint, place, prelude};
@@ -294,7 +294,7 @@ impl Provisioner for Shell {
         for (number, arg) in self.args.iter().enumerate() {
             hasher.hidden("arg", arg).part(format!("argument {}", number + 1), arg);
         }
-        hasher.field("script", &self.script);
+        hasher.field("script", &self.script).input("script", Digest::of(&self.script));
         Ok(())
     }
 

@@ -7,19 +7,22 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kiln_model::base::Base;
+use kiln_model::account::Witness;
+use kiln_model::base::{Base, BaseDisk};
 use kiln_model::block::ImageSink;
 use kiln_model::checkpoint::{Checkpoint, CheckpointCache, Hold};
+use kiln_model::cleanup::Ticket;
 use kiln_model::event::{Baked, Event, Phase, StepReport};
 use kiln_model::guest::SshAccess;
 use kiln_model::history::{History, Record, StepRecord};
-use kiln_model::image::{self, Config, DiskConfig, DiskRecord, StepConfig};
-use kiln_model::machine::{Context, Machine, Start, Stopped};
-use kiln_model::{Code, Error, Key, Result};
+use kiln_model::image::{self, CloudImage, Config, DiskConfig, DiskRecord, StepConfig};
+use kiln_model::machine::{Context, Machine, Naming, Start, Stopped};
+use kiln_model::{Code, Digest, Error, Key, Result};
 
+use crate::account::Teller;
 use crate::keep::{self, Keeper};
 use crate::plan::Plan;
-use crate::resume::{Decision, Earlier, Point, Reuse};
+use crate::resume::{Decision, Earlier, Found, Point, Reuse};
 use crate::seal::{self, Seal, Traces};
 use crate::template::Template;
 use crate::{explain, resume, step};
@@ -45,6 +48,8 @@ pub struct Options<'a> {
     pub resume: resume::Options,
     /// Run the template's tests.
     pub test: bool,
+    /// Read back the disk of an image that is captured at a cloud.
+    pub fetch: bool,
     /// What to do with the machine when a step fails.
     pub on_failure: OnFailure,
     /// For [`OnFailure::Shell`].
@@ -64,6 +69,8 @@ pub struct Stores<'a> {
     pub history: &'a Arc<dyn History>,
     /// See [`FindImage`].
     pub image: FindImage<'a>,
+    /// Told of every image that was baked, or found to be there.
+    pub witness: Option<&'a Arc<dyn Witness>>,
 }
 
 /// Bakes `template` into the stores.
@@ -82,14 +89,27 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         steps: template.steps.len(),
     });
 
+    let teller = Teller::begin(template, stores.witness).await?;
     let ground = Ground::get(template, options, stores, context).await?;
-    let Ground { base, record: base_record, plan, .. } = &ground;
+    let Ground { base, digest: base_digest, record: base_record, plan, .. } = &ground;
 
     // One bake makes an image; others of the same key take what it made.
     let seal_key = known(plan.seal)?;
     let (_image_turn, _) = keep::claim(stores.cache, &seal_key, "this very image", context).await?;
-    let decided = decide(template, plan, options, stores)?;
-    if let Some(baked) = reuse_image(template, plan, &decided, stores, context, began)? {
+    let mut decided = decide(template, plan, options, stores)?;
+    if let Reuse::Image(found) = &decided.decision.reuse
+        && let Some(why) = unusable(template, options, &found.record, context).await?
+    {
+        context.reports.note(why);
+        let machine = resume::Options { machine: true, ..options.resume.clone() };
+        decided = decide_with(template, plan, &machine, options, stores)?;
+        // They would be those of an image that is not there.
+        decided.reasons.clear();
+    }
+    if let Reuse::Image(found) = &decided.decision.reuse {
+        let baked = reuse_image(template, plan, &decided, found, stores, context, began)?;
+        teller.tell(template, plan, &found.record, context).await?;
+        context.reports.event(Event::Baked(baked.clone()));
         return Ok(baked);
     }
     let run = provisioned(template, &ground, decided, options, stores, context).await?;
@@ -98,42 +118,52 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
     }
     let Run { machine, mut keeper, steps, .. } = run;
     let sealing = Instant::now();
-    let stopped = stop_and_check(machine, &template.keep, context).await?;
+    let (mut stopped, checked) = stop_and_check(machine, &template.keep, context).await?;
 
-    // Both only read the stopped disk, so they need not wait for each other.
-    let (record, test_seconds) = tokio::try_join!(
-        snapshot(template, &*stopped, base_record, stores.sink, context),
-        test(template, options.test, &*stopped, base, context)
-    )?;
+    let captured = capture(template, options, &mut *stopped, base, base_record.as_ref(), stores.sink, context).await?;
+    let Captured { record, cloud, test_seconds } = captured;
     let seal_seconds = sealing.elapsed().as_secs_f64() - test_seconds;
 
-    let config = config(template, &steps, base, base_record, &record);
+    let config = config(template, &steps, base, *base_digest, record.as_ref(), &cloud);
     let annotations = BTreeMap::from([
         (image::CREATED.to_owned(), jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
         (image::BAKE.to_owned(), context.bake.clone()),
     ]);
-    let disk_digest = record.digest;
-    let digest = publish(stores.sink, config, record, annotations, context).await?;
+    let disk_digest = record.as_ref().map(|record| record.digest);
+    let mut tickets = Vec::new();
+    if let Some(at_cloud) = stopped.at_cloud() {
+        at_cloud.finish().await?;
+        tickets = at_cloud.tickets();
+    }
+    let digest = publish(stores.sink, config, record, annotations, tickets, context).await?;
+    if let Some(at_cloud) = stopped.at_cloud() {
+        at_cloud.recorded(&digest).await;
+    }
     keeper.finish().await;
     let tested = options.test && !template.tests.is_empty();
-    stores.history.add(&Record {
+    let record = Record {
         bake: context.bake.clone(),
         name: template.name.clone(),
         version: template.version.clone(),
         finished: since_1970(SystemTime::now()),
         base_label: base.label.clone(),
-        base: base_record.digest,
+        base: *base_digest,
         start: known(plan.start)?,
         boot: keeper.boot,
         steps: steps.iter().map(|step| step.record.clone()).collect(),
         seal: seal_key,
         seal_parts: plan.seal_parts.clone(),
         seal_seconds,
+        checked: Some(checked),
         tests: plan.tests.filter(|_| tested),
         test_seconds,
         image: digest,
         disk: disk_digest,
-    })?;
+        cloud: cloud.clone(),
+        base_at_cloud: matches!(base.disk, BaseDisk::Cloud(_)),
+    };
+    stores.history.add(&record)?;
+    teller.tell(template, plan, &record, context).await?;
 
     let baked = Baked {
         name: template.name.clone(),
@@ -142,7 +172,7 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         digest,
         disk_digest,
         steps: steps.into_iter().map(|step| step.report).collect(),
-        artifacts: Vec::new(),
+        artifacts: artifacts(&cloud),
         seconds: began.elapsed().as_secs_f64(),
     };
     context.reports.event(Event::Baked(baked.clone()));
@@ -190,18 +220,20 @@ pub async fn shell(template: &Template, options: &Options<'_>, stores: &Stores<'
 /// What a machine is made of: the base, and every step with its key.
 struct Ground {
     base: Base,
-    /// The base's blocks in the store.
-    record: DiskRecord,
+    /// Its disk digest, or what stands for it where it is at a cloud.
+    digest: Digest,
+    /// The base's blocks in the store; none where they are at a cloud.
+    record: Option<DiskRecord>,
     disk_size: u64,
     plan: Plan,
 }
 
 impl Ground {
     async fn get(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<Self> {
-        let (base, record) = get_base(template, options.resume.fresh, stores.sink, context).await?;
+        let (base, digest, record) = get_base(template, options.resume.fresh, stores.sink, context).await?;
         let disk_size = disk_size(template, &base)?;
-        let plan = Plan::new(template, Some(record.digest))?;
-        Ok(Self { base, record, disk_size, plan })
+        let plan = Plan::new(template, Some(digest))?;
+        Ok(Self { base, digest, record, disk_size, plan })
     }
 }
 
@@ -230,9 +262,14 @@ struct Decided {
 }
 
 fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stores<'_>) -> Result<Decided> {
+    decide_with(template, plan, &options.resume, options, stores)
+}
+
+/// As [`decide`], with other wishes than the user's for what is done anew.
+fn decide_with(template: &Template, plan: &Plan, anew: &resume::Options, options: &Options<'_>, stores: &Stores<'_>) -> Result<Decided> {
     let records = stores.history.records(&template.name)?;
     let earlier = Earlier { cache: &**stores.cache, records: &records, image: &stores.image, now: SystemTime::now() };
-    let wanted = resume::Options { untested: !options.test, ..options.resume.clone() };
+    let wanted = resume::Options { untested: !options.test, ..anew.clone() };
     let decision = resume::decide(template, plan, &wanted, &earlier)?;
     // Without a step that runs they would be those of the seal.
     let reasons = if options.resume.machine && decision.done() == plan.steps.len() {
@@ -243,16 +280,44 @@ fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stor
     Ok(Decided { decision, reasons, records })
 }
 
-/// The image that an earlier bake made of exactly this, if nothing is left to do.
+/// Why the image of an earlier bake will not do after all, where it is at a
+/// cloud: that is for the cloud to say, so deciding leaves it out.
+async fn unusable(template: &Template, options: &Options<'_>, record: &Record, context: &Context) -> Result<Option<String>> {
+    if record.cloud.is_empty() {
+        return Ok(None);
+    }
+    let title = format!("{}:{}", record.name, record.version);
+    if options.fetch && record.disk.is_none() {
+        return Ok(Some(format!("{title} was baked without --fetch, and its disk is wanted: baked again")));
+    }
+    if template.builder.still_there(&record.cloud, context).await? {
+        return Ok(None);
+    }
+    Ok(Some(format!("{title} is not at its cloud any more as it should be: baked again")))
+}
+
+/// Images at a cloud as the `baked` event tells of them.
+fn artifacts(cloud: &[CloudImage]) -> Vec<serde_json::Value> {
+    cloud
+        .iter()
+        .map(|image| {
+            serde_json::json!({
+                "kind": image.builder, "region": image.region, "id": image.id, "snapshots": image.snapshots,
+            })
+        })
+        .collect()
+}
+
+/// The image that an earlier bake made of exactly this.
 fn reuse_image(
     template: &Template,
     plan: &Plan,
     decided: &Decided,
+    found: &Found,
     stores: &Stores<'_>,
     context: &Context,
     began: Instant,
-) -> Result<Option<Baked>> {
-    let Reuse::Image(found) = &decided.decision.reuse else { return Ok(None) };
+) -> Result<Baked> {
     let record = &found.record;
     let mut steps = Vec::with_capacity(plan.steps.len());
     for (spec, planned) in template.steps.iter().zip(&plan.steps) {
@@ -262,18 +327,16 @@ fn reuse_image(
     if let Some(was) = stores.sink.name_again(&template.name, &template.version, &record.image)? {
         context.reports.note(format!("{}:{} was {was}, now {}", template.name, template.version, record.image));
     }
-    let baked = Baked {
+    Ok(Baked {
         name: template.name.clone(),
         version: template.version.clone(),
         arch: template.architecture.clone(),
         digest: record.image,
         disk_digest: record.disk,
         steps,
-        artifacts: Vec::new(),
+        artifacts: artifacts(&record.cloud),
         seconds: began.elapsed().as_secs_f64(),
-    };
-    context.reports.event(Event::Baked(baked.clone()));
-    Ok(Some(baked))
+    })
 }
 
 /// Takes the right to do what is to be done first, and decides again when
@@ -338,7 +401,12 @@ async fn get_machine<'a>(
     context: &'a Context,
 ) -> Result<Run<'a>> {
     let Ground { base, plan, disk_size, .. } = ground;
-    let start = Start { disk_size: Some(*disk_size), checkpoints: true, ..Start::default() };
+    let start = Start {
+        disk_size: Some(*disk_size),
+        checkpoints: true,
+        disk_digest: ground.record.as_ref().map(|record| record.digest),
+        ..Start::default()
+    };
     let mut keeper = Keeper::new(stores.cache, template, base, context);
     let points: &[Point] = match &decided.decision.reuse {
         Reuse::Points(points) => points,
@@ -412,7 +480,7 @@ fn known(key: Option<Key>) -> Result<Key> {
     key.ok_or_else(|| Error::new(Code::Failed, "a key is not known before the base is"))
 }
 
-fn since_1970(time: SystemTime) -> u64 {
+pub(crate) fn since_1970(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
@@ -423,11 +491,26 @@ fn age_of(records: &[Record], key: Option<Key>) -> Option<Duration> {
     steps.filter(|step| step.key == key).max_by_key(|step| step.made).map(|step| step.age(SystemTime::now()))
 }
 
-/// The base, and its blocks in the store.
-async fn get_base(template: &Template, fresh: bool, sink: &Arc<dyn ImageSink>, context: &Context) -> Result<(Base, DiskRecord)> {
+/// The base, what stands for it in keys, and its blocks in the store.
+async fn get_base(
+    template: &Template,
+    fresh: bool,
+    sink: &Arc<dyn ImageSink>,
+    context: &Context,
+) -> Result<(Base, Digest, Option<DiskRecord>)> {
     let label = template.base.label();
     let span = context.reports.begin(Phase::Base, &label);
     let base = template.base.fetch(fresh, context).await?;
+    if let BaseDisk::Cloud(images) = &base.disk {
+        if !template.builder.at_cloud() {
+            // Says what to do instead.
+            base.file()?;
+        }
+        let identity = images.first().map(CloudImage::identity);
+        let identity = identity.ok_or_else(|| Error::new(Code::Failed, format!("the base {label} is at no region of its cloud")))?;
+        let _ = span.end(false);
+        return Ok((base, identity, None));
+    }
     let stored = match template.base.known()? {
         Some(digest) => sink.base(&digest)?,
         None => None,
@@ -446,23 +529,24 @@ async fn get_base(template: &Template, fresh: bool, sink: &Arc<dyn ImageSink>, c
         }
     };
     let _ = span.end(cached);
-    Ok((base, record))
+    Ok((base, record.digest, Some(record)))
 }
 
 /// The size of the disk to bake on: what the template says, never less than
 /// the base.
 fn disk_size(template: &Template, base: &Base) -> Result<u64> {
     match template.disk_size {
-        None => Ok(base.disk.size),
-        Some(size) if size >= base.disk.size => Ok(size),
+        None => Ok(base.size()),
+        Some(size) if size >= base.size() => Ok(size),
         Some(size) => Err(Error::new(
             Code::Usage,
             format!(
                 "`[disk] size` is {size} bytes, but the base {} has {} bytes, and a disk cannot be made smaller",
-                base.label, base.disk.size
+                base.label,
+                base.size()
             ),
         )
-        .next(format!("set `[disk] size` to at least \"{}MiB\"", base.disk.size.div_ceil(1 << 20)))),
+        .next(format!("set `[disk] size` to at least \"{}MiB\"", base.size().div_ceil(1 << 20)))),
     }
 }
 
@@ -541,30 +625,80 @@ async fn rescue(machine: Box<dyn Machine>, error: Error, options: &Options<'_>, 
     error
 }
 
-async fn stop_and_check(machine: Box<dyn Machine>, keep: &[String], context: &Context) -> Result<Box<dyn Stopped>> {
+async fn stop_and_check(machine: Box<dyn Machine>, keep: &[String], context: &Context) -> Result<(Box<dyn Stopped>, bool)> {
     let span = context.reports.begin(Phase::Seal, "stop");
     let stopped = machine.stop(seal::STOP).await.map_err(|error| error.step("seal"))?;
-    if !seal::check(&*stopped, keep).await.map_err(|error| error.step("seal"))? {
-        context.reports.warn("the sealed disk was not checked: kiln reads ext4 only, and its root file system is another one");
+    let checked = seal::check(&*stopped, keep).await.map_err(|error| error.step("seal"))?;
+    if !checked {
+        let why = match stopped.disk() {
+            Some(_) => "kiln reads ext4 only, and its root file system is another one",
+            None => "it is at a cloud",
+        };
+        context.reports.warn(format!("the sealed disk was not checked: {why}"));
     }
     let _ = span.end(false);
-    Ok(stopped)
+    Ok((stopped, checked))
+}
+
+/// What a stopped machine has become.
+struct Captured {
+    /// Its disk in the store.
+    record: Option<DiskRecord>,
+    /// Its images at a cloud.
+    cloud: Vec<CloudImage>,
+    test_seconds: f64,
+}
+
+/// Captures a stopped machine where its disk is, and tests what was captured.
+async fn capture(
+    template: &Template,
+    options: &Options<'_>,
+    stopped: &mut dyn Stopped,
+    base: &Base,
+    base_record: Option<&DiskRecord>,
+    sink: &Arc<dyn ImageSink>,
+    context: &Context,
+) -> Result<Captured> {
+    if let Some(disk) = stopped.disk() {
+        // Both only read the stopped disk, so they need not wait for each other.
+        let (record, test_seconds) = tokio::try_join!(
+            snapshot(template, &*stopped, base_record, sink, context),
+            test(template, options.test, disk.into(), base, context)
+        )?;
+        return Ok(Captured { record: Some(record), cloud: Vec::new(), test_seconds });
+    }
+    let naming = Naming {
+        name: template.name.clone(),
+        version: template.version.clone(),
+        commit: template.commit.clone(),
+        labels: template.labels.clone(),
+    };
+    let nowhere = || Error::new(Code::Failed, "the builder gives neither a disk nor an image of its machine");
+    let span = context.reports.begin(Phase::Snapshot, "capture");
+    let image = stopped.at_cloud().ok_or_else(nowhere)?.capture(&naming).await?;
+    let _ = span.end(false);
+    // What fails its tests goes nowhere else.
+    let test_seconds = test(template, options.test, BaseDisk::Cloud(vec![image]), base, context).await?;
+    let cloud = stopped.at_cloud().ok_or_else(nowhere)?.spread().await?;
+    let record = if options.fetch { Some(snapshot(template, &*stopped, base_record, sink, context).await?) } else { None };
+    Ok(Captured { record, cloud, test_seconds })
 }
 
 async fn snapshot(
     template: &Template,
     stopped: &dyn Stopped,
-    base: &DiskRecord,
+    base: Option<&DiskRecord>,
     sink: &Arc<dyn ImageSink>,
     context: &Context,
 ) -> Result<DiskRecord> {
     let span = context.reports.begin(Phase::Snapshot, "snapshot");
     let mut source = stopped.blocks().await?;
-    let mut parents = vec![base.clone()];
+    let backing = base.map(|base| base.map.clone());
+    let mut parents: Vec<DiskRecord> = base.cloned().into_iter().collect();
     parents.extend(sink.predecessor(&template.name)?);
     let (sink, reports) = (sink.clone(), context.reports.clone());
     let record = crate::blocking("store the disk", move || {
-        let backing = parents.first().map(|base| &base.map);
+        let backing = backing.as_ref();
         sink.write_disk("root", &mut *source, backing, &parents, &mut |done, total| reports.progress("snapshot", done, Some(total)))
     })
     .await?;
@@ -572,14 +706,14 @@ async fn snapshot(
     Ok(record)
 }
 
-/// Runs the template's tests on a throwaway overlay of the stopped disk.
+/// Runs the template's tests on a throwaway machine from the captured disk.
 /// Gives the seconds that took, the boot included.
-async fn test(template: &Template, wanted: bool, stopped: &dyn Stopped, base: &Base, context: &Context) -> Result<f64> {
+async fn test(template: &Template, wanted: bool, disk: BaseDisk, base: &Base, context: &Context) -> Result<f64> {
     if !wanted || template.tests.is_empty() {
         return Ok(0.0);
     }
     let began = Instant::now();
-    let image = Base { label: format!("{} {}", template.name, template.version), disk: stopped.disk(), ..base.clone() };
+    let image = Base { label: format!("{} {}", template.name, template.version), disk, ..base.clone() };
     let machine = boot(template, &image, Start::default(), context).await?;
     crate::settle(&*machine.guest()).await?;
     for spec in &template.tests {
@@ -595,31 +729,54 @@ async fn test(template: &Template, wanted: bool, stopped: &dyn Stopped, base: &B
     Ok(began.elapsed().as_secs_f64())
 }
 
-fn config(template: &Template, steps: &[Done], base: &Base, base_record: &DiskRecord, record: &DiskRecord) -> Config {
+fn config(
+    template: &Template,
+    steps: &[Done],
+    base: &Base,
+    base_digest: Digest,
+    record: Option<&DiskRecord>,
+    cloud: &[CloudImage],
+) -> Config {
+    let disk = |record: &DiskRecord| DiskConfig { name: record.name.clone(), size: record.map.size, digest: record.digest, root: true };
     Config {
         name: template.name.clone(),
         version: template.version.clone(),
         architecture: base.architecture.clone(),
         firmware: base.firmware,
         credentials: base.credentials == Some(true),
-        disks: vec![DiskConfig { name: record.name.clone(), size: record.map.size, digest: record.digest, root: true }],
-        base: Some(base_record.digest),
+        disks: record.map(disk).into_iter().collect(),
+        base: Some(base_digest),
         steps: steps.iter().map(|step| StepConfig { name: step.report.name.clone(), key: step.report.key }).collect(),
         commit: template.commit.clone(),
         labels: template.labels.clone(),
+        cloud: cloud.to_vec(),
     }
 }
 
 async fn publish(
     sink: &Arc<dyn ImageSink>,
     config: Config,
-    record: DiskRecord,
+    record: Option<DiskRecord>,
     annotations: BTreeMap<String, String>,
+    tickets: Vec<Ticket>,
     context: &Context,
-) -> Result<kiln_model::Digest> {
-    let sink = sink.clone();
+) -> Result<Digest> {
+    let (sink, scope) = (sink.clone(), context.scope.clone());
     let title = format!("{}:{}", config.name, config.version);
-    let published = crate::blocking("store the image", move || sink.publish(&config, &[record], &annotations)).await?;
+    let published = crate::blocking("store the image", move || {
+        // This goes on when the bake is interrupted now: what the store records
+        // is not undone, and what is being undone is not recorded.
+        let undone = || Error::new(Code::Interrupted, "interrupted before the image was stored");
+        let stays = scope.withhold(&tickets).ok_or_else(undone)?;
+        match sink.publish(&config, record.as_slice(), &annotations) {
+            Ok(published) => scope.stays(stays).map(|()| published),
+            Err(error) => {
+                scope.give_back(stays);
+                Err(error)
+            }
+        }
+    })
+    .await?;
     if let Some(was) = published.moved_from {
         context.reports.note(format!("{title} was {was}, now {}", published.digest));
     }

@@ -20,7 +20,7 @@ use kiln_model::key::Part;
 use kiln_model::{Digest, Key, Result};
 use serde::{Serialize, Serializer};
 
-use crate::plan::{Plan, PlannedStep};
+use crate::plan::{Plan, PlannedStep, start_key};
 use crate::resume::{Decision, Earlier, Made, Options, Point, Refusal, Reuse};
 use crate::template::{Cache, Template};
 
@@ -202,6 +202,8 @@ pub enum Cause {
     },
     /// `[disk] size`.
     DiskSize,
+    /// Another builder, whose machines are elsewhere.
+    Builder,
     /// Some of what it is made of.
     Parts(Changes),
     /// Another provisioner.
@@ -556,7 +558,12 @@ impl View<'_> {
             (Some(base), _) if base != reference.base => {
                 Some(Cause::Base { was: reference.base_label.clone(), is: self.template.base.label() })
             }
-            (Some(_), Some(start)) if start != reference.start => Some(Cause::DiskSize),
+            (Some(base), Some(start)) if start != reference.start => {
+                // With the other's place, would it be the same?
+                let cloud = reference.cloud.first().map(|image| image.builder.as_str());
+                let (there, _) = start_key(&base, self.plan.disk_size, cloud);
+                Some(if there == reference.start { Cause::Builder } else { Cause::DiskSize })
+            }
             (Some(_), _) => None,
             (None, _) => Some(Cause::NoBase),
         }
@@ -670,6 +677,7 @@ impl fmt::Display for Cause {
             Self::Base { was, is } if was == is => write!(f, "the base changed"),
             Self::Base { was, is } => write!(f, "the base changed from {was} to {is}"),
             Self::DiskSize => write!(f, "`[disk] size` changed"),
+            Self::Builder => write!(f, "it was baked elsewhere, by another builder"),
             Self::Parts(changes) => fmt::Display::fmt(changes, f),
             Self::Kind { was, is } => write!(f, "it changed from `{was}` to `{is}`"),
             Self::New => write!(f, "it is new"),

@@ -53,13 +53,15 @@ pub(crate) struct Keeper<'a> {
     pub(crate) boot: Option<f64>,
     /// Whether a secret may be in its memory.
     pub(crate) tainted: bool,
+    /// Whether it was said that there is no room.
+    pub(crate) told: bool,
     pub(crate) pending: Vec<JoinHandle<Result<()>>>,
 }
 
 impl<'a> Keeper<'a> {
     /// For a machine that nothing was done to yet.
     pub(crate) fn new(cache: &'a Arc<dyn CheckpointCache>, template: &'a Template, base: &'a Base, context: &'a Context) -> Self {
-        Self { cache, template, base, context, worth: 0.0, unsaved: 0.0, boot: None, tainted: false, pending: Vec::new() }
+        Self { cache, template, base, context, worth: 0.0, unsaved: 0.0, boot: None, tainted: false, told: false, pending: Vec::new() }
     }
 
     /// Keeps the booted base.
@@ -128,7 +130,15 @@ impl<'a> Keeper<'a> {
         let memory = self.memory_key(&key).await;
         let cache = self.cache.clone();
         let slot = crate::blocking("make room for a checkpoint", move || cache.slot(&key, memory.as_ref(), bytes)).await?;
-        let Some(slot) = slot else { return Ok(()) };
+        let Some(slot) = slot else {
+            if !std::mem::replace(&mut self.told, true) {
+                let size = bytes.div_ceil(1 << 20);
+                self.context.reports.warn(format!(
+                    "no room for a checkpoint of {size} MiB: the next bake runs these steps again; free some of the disk, or `kiln prune --cache`"
+                ));
+            }
+            return Ok(());
+        };
         let span = self.context.reports.begin(Phase::Checkpoint, "checkpoint");
         let Some(mut written) = machine.checkpoint(&slot).await? else { return Ok(()) };
         let _ = span.end(false);

@@ -5,6 +5,7 @@
 //! [`explain`] says why the rest runs; [`bake()`] does the work through the
 //! traits of `kiln-model` alone, so that it knows neither QEMU nor the store.
 
+mod account;
 mod bake;
 pub mod explain;
 pub mod graph;

@@ -13,6 +13,7 @@
 //! (they change how a step is run or shown, not what it makes), and the value
 //! of a secret.
 
+use kiln_model::account::Input;
 use kiln_model::history::StepRecord;
 use kiln_model::key::{KeyHasher, Part};
 use kiln_model::provision::{Common, Provisioner};
@@ -44,6 +45,7 @@ pub struct Plan {
     /// Key of the tests on that disk. None: there are no tests, or the base is
     /// not known.
     pub tests: Option<Key>,
+    cloud: Option<&'static str>,
     seal_own: Key,
     tests_own: Option<Key>,
 }
@@ -59,6 +61,8 @@ pub struct PlannedStep {
     pub own: Key,
     /// What its own key is made of.
     pub parts: Vec<Part>,
+    /// The local files that it brings to the guest.
+    pub inputs: Vec<Input>,
     /// Its key. None: the base's digest is not known.
     pub key: Option<Key>,
 }
@@ -81,6 +85,7 @@ impl Plan {
             seal: None,
             seal_parts,
             tests: None,
+            cloud: template.builder.at_cloud().then(|| template.builder.kind()),
             seal_own,
             tests_own: tests_own(&template.tests)?,
         };
@@ -92,7 +97,7 @@ impl Plan {
 
     /// Computes the keys, now that the base's disk digest is known.
     pub fn set_base(&mut self, base: Digest) {
-        let (start, start_parts) = start_key(&base, self.disk_size);
+        let (start, start_parts) = start_key(&base, self.disk_size, self.cloud);
         let mut last = start;
         for step in &mut self.steps {
             last = chain("step", &last, &step.own);
@@ -121,33 +126,39 @@ impl PlannedStep {
     }
 
     fn new(step: &StepSpec) -> Result<Self> {
-        let (own, parts) = own_key(step.provisioner.as_ref(), &step.common).map_err(|error| error.step(&step.common.name))?;
-        Ok(Self { name: step.common.name.clone(), kind: step.provisioner.kind(), own, parts, key: None })
+        let (own, parts, inputs) = own_key(step.provisioner.as_ref(), &step.common).map_err(|error| error.step(&step.common.name))?;
+        Ok(Self { name: step.common.name.clone(), kind: step.provisioner.kind(), own, parts, inputs, key: None })
     }
 }
 
 /// The key of a machine before its first step: the base's disk and the disk's
-/// size. An unset size follows from the base, so it needs no number.
-pub fn start_key(base: &Digest, disk_size: Option<u64>) -> (Key, Vec<Part>) {
+/// size. An unset size follows from the base, so it needs no number. What is
+/// baked at a `cloud` is nothing that a bake elsewhere could use.
+pub fn start_key(base: &Digest, disk_size: Option<u64>, cloud: Option<&str>) -> (Key, Vec<Part>) {
     let size = disk_size.map_or_else(|| "default".to_owned(), |size| size.to_string());
     let mut hasher = KeyHasher::new("start");
     hasher.field("base", base.as_bytes());
     hasher.hidden("disk size", &size).part("[disk] size", &size);
+    if let Some(cloud) = cloud {
+        hasher.field("builder", cloud);
+    }
     hasher.finish_with_parts()
 }
 
-/// What a step is made of itself.
+/// What a step is made of itself, and the local files among that.
 ///
 /// # Errors
 /// When an input file cannot be read.
-pub fn own_key(provisioner: &dyn Provisioner, common: &Common) -> Result<(Key, Vec<Part>)> {
+pub fn own_key(provisioner: &dyn Provisioner, common: &Common) -> Result<(Key, Vec<Part>, Vec<Input>)> {
     let mut hasher = KeyHasher::new("own");
     hasher.field("provisioner", provisioner.kind());
     hasher.map("env", common.env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     names(&mut hasher, "secrets", "secret", &common.secrets);
     hasher.field("user", common.user.as_deref().unwrap_or("root"));
     provisioner.key(&mut hasher)?;
-    Ok(hasher.finish_with_parts())
+    let inputs = hasher.take_inputs();
+    let (key, parts) = hasher.finish_with_parts();
+    Ok((key, parts, inputs))
 }
 
 fn seal_own(name: &str, version: &str, commit: Option<&str>, keep: &[String]) -> (Key, Vec<Part>) {
@@ -162,7 +173,7 @@ fn seal_own(name: &str, version: &str, commit: Option<&str>, keep: &[String]) ->
 fn tests_own(tests: &[StepSpec]) -> Result<Option<Key>> {
     let mut hasher = KeyHasher::new("own tests");
     for test in tests {
-        let (own, _) = own_key(test.provisioner.as_ref(), &test.common).map_err(|error| error.step(&test.common.name))?;
+        let (own, ..) = own_key(test.provisioner.as_ref(), &test.common).map_err(|error| error.step(&test.common.name))?;
         hasher.field("test", own.hex());
     }
     Ok((!tests.is_empty()).then(|| hasher.finish()))
@@ -338,7 +349,8 @@ mod tests {
             let mode = if *executable { 0o755 } else { 0o644 };
             std::fs::set_permissions(site.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
         }
-        own_key(&Upload(site), &Common::default()).unwrap()
+        let (key, parts, _) = own_key(&Upload(site), &Common::default()).unwrap();
+        (key, parts)
     }
 
     fn files() -> impl Strategy<Value = Files> {

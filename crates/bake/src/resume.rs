@@ -242,7 +242,8 @@ fn find_image(template: &Template, plan: &Plan, earlier: &Earlier<'_>) -> Result
     for record in earlier.records.iter().rev().filter(|record| record.seal == seal && young(record)) {
         let Some(config) = (earlier.image)(record)? else { continue };
         // The same disk may have been tested by a later bake.
-        let tested = |other: &Record| other.disk == record.disk && other.tests == plan.tests;
+        let same_disk = |other: &Record| if record.disk.is_some() { other.disk == record.disk } else { other.image == record.image };
+        let tested = |other: &Record| same_disk(other) && other.tests == plan.tests;
         let found = Found {
             record: record.clone(),
             tested: template.tests.is_empty() || earlier.records.iter().any(tested),

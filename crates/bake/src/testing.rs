@@ -125,10 +125,13 @@ impl World {
             seal: plan.seal.unwrap(),
             seal_parts: plan.seal_parts.clone(),
             seal_seconds: 5.0,
+            checked: Some(true),
             tests: plan.tests,
             test_seconds: 7.0,
             image: Digest::of(format!("image {number}")),
-            disk: Digest::of(plan.seal.unwrap().hex()),
+            disk: Some(Digest::of(plan.seal.unwrap().hex())),
+            cloud: Vec::new(),
+            base_at_cloud: false,
         };
         for key in std::iter::once(record.start).chain(record.steps.iter().map(|step| step.key)) {
             self.kept.0.lock().unwrap().entry(key).or_insert(Peek { made: at, memory: Some(key) });
@@ -144,6 +147,7 @@ impl World {
             steps: record.steps.iter().map(|step| StepConfig { name: step.name.clone(), key: step.key }).collect(),
             commit: None,
             labels: template.labels.clone(),
+            cloud: Vec::new(),
         };
         self.images.borrow_mut().insert(record.image, config);
         self.records.push(record);

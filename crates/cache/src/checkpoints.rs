@@ -33,6 +33,11 @@ pub struct Checkpoints {
     pub(crate) budget: Option<u64>,
     /// Asks how much room the file system has.
     pub(crate) space: fn(&Path) -> io::Result<Space>,
+    /// The keys that vouch for what may be used beside this machine's own.
+    trusted: Vec<String>,
+    /// The one that vouches for what was found last: what is made of that hangs
+    /// on it too.
+    origin: Mutex<Option<String>>,
 }
 
 /// A checkpoint being written: its folder goes with it, unless it was committed.
@@ -101,8 +106,8 @@ pub(crate) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
 impl Checkpoints {
     /// Opens the cache below `home`; makes it when there is none. It takes at
     /// most `budget` bytes: unless said, a quarter of what the file system has
-    /// free and the cache takes already. In any case 5 % of the file system,
-    /// and at least 2 GiB, stay free.
+    /// free and the cache takes already. In any case 5 % of the file system
+    /// stay free, at least 2 GiB and at most 5 GiB.
     ///
     /// # Errors
     /// When the folders cannot be made.
@@ -112,7 +117,25 @@ impl Checkpoints {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
             made.trying(|| format!("make the folder {}", folder.display()))?;
         }
-        Ok(Self { root, claims, budget, space: Space::of })
+        Ok(Self { root, claims, budget, space: Space::of, trusted: Vec::new(), origin: Mutex::default() })
+    }
+
+    /// The same cache for one bake, which may also use what other machines have
+    /// made and one of `keys` has signed. Who trusts no key sees none of that,
+    /// nor what was made of it: another template may trust others.
+    #[must_use]
+    pub fn trusting(&self, keys: Vec<String>) -> Self {
+        let Self { root, claims, budget, space, .. } = self;
+        Self { root: root.clone(), claims: claims.clone(), budget: *budget, space: *space, trusted: keys, origin: Mutex::default() }
+    }
+
+    fn origin(&self) -> MutexGuard<'_, Option<String>> {
+        self.origin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it may be used here.
+    fn trusts(&self, label: &Label) -> bool {
+        label.signer.as_ref().is_none_or(|signer| self.trusted.contains(signer))
     }
 
     fn step_folder(&self, step: &Key) -> PathBuf {
@@ -125,6 +148,7 @@ impl Checkpoints {
         let labelled = entries(&self.step_folder(step))?.into_iter().map(|folder| (Label::read(&folder), folder));
         let mut found: Vec<_> = labelled
             .filter(|(label, _)| !matches!(label, Err(Unusable::Gone | Unusable::Foreign)))
+            .filter(|(label, _)| label.as_ref().ok().is_none_or(|label| self.trusts(label)))
             .map(|(label, folder)| match label {
                 // It is complete, and yet in the wrong place.
                 Ok(label) if label.step != *step => (folder, Err(Unusable::Damaged(format!("{} is of another step", label::NAME)))),
@@ -233,6 +257,7 @@ impl CheckpointCache for Checkpoints {
                 Ok(label) => {
                     // Only its value when room is needed depends on this.
                     drop(File::open(folder.join(label::NAME)).and_then(|file| file.set_modified(now)));
+                    self.origin().clone_from(&label.signer);
                     return Ok(Some(Checkpoint {
                         step: label.step,
                         memory: label.memory,
@@ -269,21 +294,39 @@ impl CheckpointCache for Checkpoints {
     }
 
     fn commit(&self, slot: Slot, written: &Written, worth: Duration) -> Result<()> {
+        let signer = self.origin().clone();
+        self.write(&slot, written, (worth, SystemTime::now()), signer)
+    }
+
+    fn claim(&self, key: &Key) -> Result<Option<Hold>> {
+        let claim = Claim::take(&self.claims.join(key.hex())).trying(|| format!("claim {}", key.short()))?;
+        Ok(claim.map(|claim| Arc::new(claim) as Hold))
+    }
+}
+
+impl Checkpoints {
+    /// Makes visible what came from another machine, was made there at `made`,
+    /// from which its age counts, and is vouched for by the key `signer`. Else as
+    /// [`CheckpointCache::commit`].
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn commit_signed(&self, slot: &Slot, written: &Written, worth: Duration, made: SystemTime, signer: &str) -> Result<()> {
+        self.write(slot, written, (worth, made), Some(signer.to_owned()))
+    }
+
+    fn write(&self, slot: &Slot, written: &Written, (worth, made): (Duration, SystemTime), signer: Option<String>) -> Result<()> {
         let Some(draft) = slot.hold.downcast_ref::<Draft>().filter(|draft| draft.folder.parent() == Some(&self.root.join(NEW))) else {
             return Err(Error::new(Code::Failed, format!("{} is no slot of this cache", slot.folder.display())));
         };
         let what = || format!("keep the checkpoint of step {}", slot.step.short());
         let files = complete(&draft.folder, &written.files).trying(what)?;
         let memory = if written.memory { slot.memory } else { None };
-        let label = Label::new(slot.step, memory, worth, written.note.clone(), files);
+        let mut label = Label::new(slot.step, memory, (worth, made), written.note.clone(), files);
+        label.signer = signer;
         let folder = self.place(draft, &label)?;
         self.remove_older(&slot.step, &folder);
         Ok(())
-    }
-
-    fn claim(&self, key: &Key) -> Result<Option<Hold>> {
-        let claim = Claim::take(&self.claims.join(key.hex())).trying(|| format!("claim {}", key.short()))?;
-        Ok(claim.map(|claim| Arc::new(claim) as Hold))
     }
 }
 

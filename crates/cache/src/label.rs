@@ -40,6 +40,10 @@ pub(crate) struct Label {
     pub(crate) note: serde_json::Value,
     /// All its files.
     pub(crate) files: Vec<KeptFile>,
+    /// The key that vouches for it, where it, or what it went on from, was made
+    /// on another machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) signer: Option<String>,
 }
 
 /// Why a label cannot be used.
@@ -56,9 +60,15 @@ pub(crate) enum Unusable {
 }
 
 impl Label {
-    /// The label of a checkpoint that is made now.
-    pub(crate) fn new(step: Key, memory: Option<Key>, worth: Duration, note: serde_json::Value, files: Vec<KeptFile>) -> Self {
-        Self { format: FORMAT, step, memory, made: SystemTime::now(), worth: worth.as_secs_f64(), note, files }
+    /// The label of a checkpoint that was made at `made`.
+    pub(crate) fn new(
+        step: Key,
+        memory: Option<Key>,
+        (worth, made): (Duration, SystemTime),
+        note: serde_json::Value,
+        files: Vec<KeptFile>,
+    ) -> Self {
+        Self { format: FORMAT, step, memory, made, worth: worth.as_secs_f64(), note, files, signer: None }
     }
 
     /// What the checkpoint saves.

@@ -20,6 +20,9 @@ use crate::lock::Lock;
 /// to it, and must not fail for what is only kept to save time.
 const ALWAYS_FREE: u64 = 2 << 30;
 
+/// Needs no more to stay free, however large the file system is.
+const FREE_ENOUGH: u64 = 5 << 30;
+
 /// How much room a file system has.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Space {
@@ -38,7 +41,7 @@ impl Space {
 
     /// Bytes that have to stay free.
     fn floor(&self) -> u64 {
-        (self.total / 20).max(ALWAYS_FREE)
+        (self.total / 20).clamp(ALWAYS_FREE, FREE_ENOUGH)
     }
 }
 

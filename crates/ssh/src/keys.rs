@@ -28,6 +28,17 @@ pub struct Keys {
 /// Text that is overwritten when it is dropped.
 type Text = Box<dyn Deref<Target = String> + Send + Sync>;
 
+/// In place of a private key that is not known.
+struct NoKey(String);
+
+impl Deref for NoKey {
+    type Target = String;
+
+    fn deref(&self) -> &String {
+        &self.0
+    }
+}
+
 impl Keys {
     /// Makes new ones.
     ///
@@ -47,6 +58,23 @@ impl Keys {
         })
     }
 
+    /// The same client's keys for a host whose public key (`ssh-ed25519 AAAA…`)
+    /// is known from elsewhere; there is no private key of it then.
+    ///
+    /// # Errors
+    /// When the line is no public key.
+    pub fn of_host(&self, line: &str) -> Result<Self> {
+        let host = PublicKey::from_openssh(line).trying(|| format!("read the host key `{line}`"))?;
+        Ok(Self {
+            client: Arc::clone(&self.client),
+            host_public: host.to_openssh().trying(|| "write an SSH key".into())?,
+            host,
+            client_public: self.client_public.clone(),
+            client_private: Box::new(self.client.to_openssh(LineEnding::LF).trying(|| "write an SSH key".into())?),
+            host_private: Box::new(NoKey(String::new())),
+        })
+    }
+
     /// The client's public key as a line of `authorized_keys`, without its end.
     pub fn client_public(&self) -> &str {
         &self.client_public
@@ -63,7 +91,8 @@ impl Keys {
     }
 
     /// The host's private key in OpenSSH's format, for
-    /// `/etc/ssh/ssh_host_ed25519_key`. Secret.
+    /// `/etc/ssh/ssh_host_ed25519_key`. Secret. Empty where it is not known
+    /// ([`Keys::of_host`]).
     pub fn host_private_openssh(&self) -> &str {
         &self.host_private
     }
@@ -91,6 +120,17 @@ impl fmt::Debug for Keys {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_may_be_known_from_elsewhere() {
+        let (keys, other) = (Keys::generate().unwrap(), Keys::generate().unwrap());
+        let known = keys.of_host(other.host_public()).unwrap();
+        assert_eq!((known.client_public(), known.host_public()), (keys.client_public(), other.host_public()));
+        assert_eq!(known.client_private_openssh(), keys.client_private_openssh());
+        assert!(known.is_host(&other.host) && !known.is_host(&keys.host));
+        assert!(known.host_private_openssh().is_empty());
+        assert!(keys.of_host("ssh-ed25519").is_err());
+    }
 
     #[test]
     fn keys_are_read_by_openssh_and_not_shown() {

@@ -120,6 +120,12 @@ mod tests {
         fn read(&self, _: &str) -> Result<Vec<u8>> {
             Ok(Vec::new())
         }
+        fn open(&self, _: &[u8]) -> Result<Box<dyn std::io::Read + '_>> {
+            Ok(Box::new(std::io::empty()))
+        }
+        fn walk(&self) -> Result<kiln_model::machine::Walk<'_>> {
+            Ok(Box::new(std::iter::empty()))
+        }
     }
 
     fn paths(files: &[(&'static str, u64)], keep: &[&str]) -> Vec<String> {

@@ -71,6 +71,11 @@ impl Traces {
     }
 }
 
+/// What the seal removes and the check looks for.
+pub(crate) fn rules() -> impl Iterator<Item = &'static str> {
+    rules::RULES.iter().map(|rule| rule.what)
+}
+
 async fn inventory(guest: &dyn Guest) -> Result<BTreeMap<String, String>> {
     let output = guest.output(&Command::new(script::inventory())).await?;
     Ok(output

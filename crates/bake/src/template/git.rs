@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use kiln_model::account::Source;
+
 /// Why `git.*` cannot be told, and what to do about it.
 #[derive(Debug, Clone)]
 pub(super) struct NoGit {
@@ -43,6 +45,41 @@ impl Git {
         let status = || git(&self.folder, &["status", "--porcelain", "--untracked-files=no"]).map_err(|stderr| plain(&stderr));
         self.dirty.get_or_insert_with(|| status().map(|out| !out.is_empty())).clone()
     }
+}
+
+/// Where a folder's commit comes from. Asks `git`, which may take a moment in
+/// a large repository.
+pub(crate) fn repository(folder: &Path, commit: String) -> Option<Source> {
+    let status = git(folder, &["status", "--porcelain", "--untracked-files=no"]).ok()?;
+    let remotes = git(folder, &["remote"]).unwrap_or_default();
+    // The remote that everybody calls `origin`, or else the only one.
+    let remote = remotes.lines().find(|name| *name == "origin").or_else(|| remotes.lines().next().filter(|_| remotes.lines().count() == 1));
+    let url = remote.and_then(|name| git(folder, &["remote", "get-url", name]).ok());
+    Some(Source {
+        repository: url.and_then(|url| public(&url)),
+        commit,
+        folder: git(folder, &["rev-parse", "--show-prefix"]).ok()?.trim_end_matches('/').to_owned(),
+        dirty: !status.is_empty(),
+    })
+}
+
+/// A repository's URL without user and password; `None` for a folder of this
+/// machine.
+fn public(url: &str) -> Option<String> {
+    if let Some((scheme, rest)) = url.split_once("://") {
+        if scheme == "file" {
+            return None;
+        }
+        let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+        let path = path.split(['?', '#']).next().unwrap_or_default();
+        return Some(format!("{scheme}://{host}/{path}"));
+    }
+    // As `scp` has it: user@host:path.
+    let (host, path) = url.split_once(':')?;
+    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+    let plain = !host.is_empty() && !host.contains('/') && !path.is_empty();
+    plain.then(|| format!("ssh://{host}/{}", path.trim_start_matches('/')))
 }
 
 fn commit(folder: &Path) -> Result<String, NoGit> {
@@ -108,5 +145,27 @@ fn git(folder: &Path, arguments: &[&str]) -> Result<String, String> {
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     } else {
         Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::public;
+
+    #[test]
+    fn a_repository_is_named_without_credentials() {
+        for (url, expected) in [
+            ("https://github.com/acme/shop.git", Some("https://github.com/acme/shop.git")),
+            ("https://eve:hunter22@github.com/acme/shop", Some("https://github.com/acme/shop")),
+            ("https://x-access-token:hunter22@host:8443/a/b?token=hunter22#x", Some("https://host:8443/a/b")),
+            ("https://e@ve:hunter@22@host/a", Some("https://host/a")),
+            ("git@github.com:acme/shop.git", Some("ssh://github.com/acme/shop.git")),
+            ("ssh://git@host:22/acme/shop", Some("ssh://host:22/acme/shop")),
+            ("/srv/git/shop", None),
+            ("../shop", None),
+            ("file:///srv/git/shop", None),
+        ] {
+            assert_eq!(public(url).as_deref(), expected, "{url}");
+        }
     }
 }

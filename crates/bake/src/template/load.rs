@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use kiln_model::account::Input;
 use kiln_model::secret::Secret;
 use kiln_model::settings::{Entry, Node, Place, Problem, Problems, Table, Value, unknown_key};
 
@@ -51,12 +52,15 @@ pub(super) fn load(path: &Path, inputs: &Inputs, kinds: &Kinds<'_>) -> Result<Te
     }
     loader.scope.take_given();
     let name = loader.image_name(root.get("image"));
-    let base = loader.base(root.get("base"), &folder);
+    let mut base = loader.base(root.get("base"), &folder);
     let (version, labels) = loader.version_and_labels(root.get("image"));
     let builder = loader.builder(root.get("builder"), &folder);
+    if let (Some(base), Some(region)) = (&mut base, builder.as_ref().and_then(|builder| builder.region())) {
+        base.builder_is_at(region);
+    }
     let disk_size = loader.disk(root.get("disk"));
     let keep = loader.keep(root.get("seal"));
-    let max_age = loader.max_age(root.get("cache"));
+    let (max_age, trusted) = loader.cache(root.get("cache"), &folder);
     let steps = loader.steps(&root, &path, Section::Provision, max_age);
     let tests = loader.steps(&root, &path, Section::Test, max_age);
     let names: BTreeSet<&String> = steps.iter().chain(&tests).flat_map(|step| &step.common.secrets).collect();
@@ -69,6 +73,9 @@ pub(super) fn load(path: &Path, inputs: &Inputs, kinds: &Kinds<'_>) -> Result<Te
     let commit = loader.scope.git.commit().ok();
     let architecture = inputs.arch.clone();
     let (builder_name, _) = loader.chosen.clone();
+    let variables = loader.scope.shown();
+    let files = std::mem::take(&mut loader.scope.sources.1);
+    let files = files.into_iter().map(|(path, digest)| Input { name: relative(&path, &folder), digest }).collect();
     let (problems, warnings, sources) = loader.finish();
     match (name, version, base, builder) {
         (Some(name), Some(version), Some(base), Some(builder)) if problems.is_empty() => Ok(Template {
@@ -77,6 +84,8 @@ pub(super) fn load(path: &Path, inputs: &Inputs, kinds: &Kinds<'_>) -> Result<Te
             name,
             version,
             labels,
+            files,
+            variables,
             commit,
             base,
             disk_size,
@@ -87,6 +96,7 @@ pub(super) fn load(path: &Path, inputs: &Inputs, kinds: &Kinds<'_>) -> Result<Te
             tests,
             keep,
             max_age,
+            trusted,
             secrets,
             warnings,
             sources,
@@ -120,6 +130,7 @@ pub(super) fn read(path: &Path, name: &Path, sources: &mut Sources, problems: &m
         }
     };
     let source = sources.add(name, text.clone());
+    sources.template(path, &text);
     match source::parse(source, &text, problems)?.value {
         Value::Table(table) => Some(table),
         _ => None,
@@ -131,6 +142,16 @@ pub(super) fn read(path: &Path, name: &Path, sources: &mut Sources, problems: &m
 pub(super) fn folder_of(path: &Path) -> PathBuf {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned())
+}
+
+/// A path as it is written from `folder`; what is elsewhere altogether is named
+/// by its last part alone, since where it lies on this machine is nobody's
+/// business.
+fn relative(path: &Path, folder: &Path) -> String {
+    match path.strip_prefix(folder) {
+        Ok(below) => below.display().to_string(),
+        Err(_) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    }
 }
 
 fn check_tables(root: &Table, problems: &mut Problems) {

@@ -29,6 +29,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use kiln_model::account::Input;
 use kiln_model::base::BaseSource;
 use kiln_model::image::host_architecture;
 use kiln_model::kind::Kind;
@@ -37,6 +38,7 @@ use kiln_model::provision::{Common, Provisioner};
 use kiln_model::secret::Secret;
 use kiln_model::settings::{Place, Problem, Problems, Source};
 
+pub(crate) use git::repository;
 pub use init::INIT_TEMPLATE;
 
 /// Kinds for tests of what works with a template.
@@ -118,6 +120,12 @@ pub struct Template {
     pub version: String,
     /// Labels.
     pub labels: BTreeMap<String, String>,
+    /// The template itself, and then every file that it includes, by their
+    /// paths from its folder.
+    pub files: Vec<Input>,
+    /// The variables that it uses and that are not sensitive. Without a value:
+    /// it was fetched from the environment, a file or a command.
+    pub variables: BTreeMap<String, Option<String>>,
     /// Commit of the repository that holds the template, if there is one.
     pub commit: Option<String>,
     /// The base.
@@ -138,6 +146,9 @@ pub struct Template {
     pub keep: Vec<String>,
     /// `[cache] max_age`, already applied to the steps.
     pub max_age: Cache,
+    /// `[cache] trusted`: files of the public keys whose checkpoints may be
+    /// taken from a registry.
+    pub trusted: Vec<PathBuf>,
     /// The secrets that steps and tests use, by name.
     pub secrets: BTreeMap<String, Secret>,
     /// What is probably not meant, though no mistake.

@@ -1,20 +1,29 @@
 //! From TOML text to the model's tree of nodes with their places.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
+use kiln_model::Digest;
 use kiln_model::settings::{Entry, Node, Place, Problems, Source, Table, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-/// Every text that was read, in the order of reading.
+/// Every text that was read, in the order of reading; and which files of
+/// templates there were among them.
 #[derive(Default)]
-pub(super) struct Sources(pub(super) Vec<Source>);
+pub(super) struct Sources(pub(super) Vec<Source>, pub(super) Vec<(PathBuf, Digest)>);
 
 impl Sources {
     /// Adds a text; its number is what places name it by.
     pub(super) fn add(&mut self, name: impl Into<String>, text: impl Into<String>) -> usize {
         self.0.push(Source { name: name.into(), text: text.into() });
         self.0.len() - 1
+    }
+
+    /// Remembers that `text` is all of a template or an included file.
+    pub(super) fn template(&mut self, path: &Path, text: &str) {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        self.1.push((path, Digest::of(text)));
     }
 
     /// What is written at `place`.

@@ -1,7 +1,7 @@
 //! Every table of a template but its variables and steps.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kiln_model::base::BaseSource;
 use kiln_model::machine::Builder;
@@ -225,15 +225,16 @@ impl Loader<'_> {
         paths
     }
 
-    /// `[cache] max_age`.
-    pub(super) fn max_age(&mut self, cache: Option<&Entry>) -> Cache {
-        let default = Cache::For(MAX_AGE);
+    /// `[cache] max_age`, and the files of the keys that `trusted` names.
+    pub(super) fn cache(&mut self, cache: Option<&Entry>, folder: &Path) -> (Cache, Vec<PathBuf>) {
+        let default = (Cache::For(MAX_AGE), Vec::new());
         let Some(cache) = cache else { return default };
         let node = self.expanded(cache);
         let Some(mut reader) = Reader::new(&node, "[cache]", &mut self.problems) else { return default };
         let max_age = reader.entry("max_age").and_then(|entry| self.cache_policy(entry, false));
+        let keys = reader.strings("trusted", &mut self.problems).unwrap_or_default();
         reader.finish(&mut self.problems);
-        max_age.unwrap_or(default)
+        (max_age.unwrap_or(default.0), keys.into_iter().map(|(key, _)| folder.join(key)).collect())
     }
 
     /// `"24h"`, `"forever"`, and, for a step, `false` or `true`.

@@ -267,6 +267,22 @@ impl<'a> Scope<'a> {
         value
     }
 
+    /// The variables that something uses and that are not sensitive. The value
+    /// of one that was fetched from the environment, a file or a command is left
+    /// out: somebody may have forgotten to say that it is sensitive.
+    pub(super) fn shown(&self) -> BTreeMap<String, Option<String>> {
+        let open = |(name, variable): &(&String, &Variable)| !variable.sensitive && self.used.contains(*name);
+        let shown = |(name, variable): (&String, &Variable)| {
+            let written = variable.from.is_none() || self.given.contains_key(name);
+            let value = match &variable.state {
+                State::Done(Some(value)) if written => Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned)),
+                _ => None,
+            };
+            (name.clone(), value)
+        };
+        self.variables.iter().filter(open).map(shown).collect()
+    }
+
     /// A sensitive variable's value, for the steps that name it.
     pub(super) fn resolve_secret(&mut self, name: &str) -> Option<Secret> {
         let value = self.resolve(name)?;

@@ -73,6 +73,56 @@ fn one_that_is_too_old_is_not_found_and_the_newest_is() {
 }
 
 #[test]
+fn what_came_from_elsewhere_is_as_old_as_it_was_there() {
+    let mut place = Place::new(None);
+    place.cache = place.cache.trusting(vec!["ci".into()]);
+    let made = SystemTime::now() - Duration::from_secs(3600);
+    let slot = place.cache.slot(&key(1), None, 0).unwrap().unwrap();
+    std::fs::write(slot.folder.join("disk"), b"from elsewhere").unwrap();
+    let written = Written { files: vec![undigested("disk")], ..Written::default() };
+    place.cache.commit_signed(&slot, &written, Duration::from_secs(5), made, "ci").unwrap();
+    drop(slot);
+    assert_eq!(place.find(&key(1)).unwrap().made, made);
+    assert_eq!(place.cache.peek(&key(1)).unwrap().unwrap().made, made);
+    assert!(place.cache.find(&key(1), Some(Duration::from_secs(1800)), &|_| ()).unwrap().is_none());
+
+    // A digest that was said, of other bytes, is noticed when it is looked for.
+    let slot = place.cache.slot(&key(2), None, 0).unwrap().unwrap();
+    std::fs::write(slot.folder.join("disk"), b"other bytes").unwrap();
+    let said = KeptFile { name: "disk".into(), length: 11, digest: FileDigest::new().finish(11) };
+    let written = Written { files: vec![said], ..Written::default() };
+    place.cache.commit_signed(&slot, &written, Duration::from_secs(5), made, "ci").unwrap();
+    drop(slot);
+    let told = std::cell::Cell::new(false);
+    assert!(place.cache.find(&key(2), None, &|_| told.set(true)).unwrap().is_none() && told.get());
+}
+
+#[test]
+fn what_hangs_on_a_key_is_for_who_trusts_it() {
+    let place = Place::new(None);
+    let with = |keys: &[&str]| place.cache.trusting(keys.iter().map(|key| (*key).to_owned()).collect());
+    let find = |cache: &Checkpoints, step: &Key| cache.find(step, None, &|text| panic!("{text}")).unwrap().is_some();
+    let ours = with(&["ci", "other"]);
+    put(&ours, &key("own"), 1, &[("disk", b"x")]);
+    let slot = ours.slot(&key("signed"), None, 0).unwrap().unwrap();
+    std::fs::write(slot.folder.join("disk"), b"from elsewhere").unwrap();
+    let written = Written { files: vec![undigested("disk")], ..Written::default() };
+    ours.commit_signed(&slot, &written, Duration::from_secs(1), SystemTime::now(), "ci").unwrap();
+    // What is made of it hangs on it; what is made of this machine's own does not.
+    assert!(find(&ours, &key("signed")));
+    put(&ours, &key("of signed"), 1, &[("disk", b"y")]);
+    assert!(find(&ours, &key("own")));
+    put(&ours, &key("of own"), 1, &[("disk", b"z")]);
+    for (keys, seen) in [(&["ci"][..], true), (&["other"][..], false), (&[][..], false)] {
+        let cache = with(keys);
+        for step in ["signed", "of signed"] {
+            assert_eq!((find(&cache, &key(step)), cache.peek(&key(step)).unwrap().is_some()), (seen, seen), "{step} with {keys:?}");
+        }
+        assert!(find(&cache, &key("own")) && find(&cache, &key("of own")));
+    }
+}
+
+#[test]
 fn use_is_remembered() {
     let place = Place::new(None);
     put(&place.cache, &key(1), 1, &[("disk", b"x")]);

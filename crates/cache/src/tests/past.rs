@@ -30,10 +30,13 @@ fn record(name: &str, bake: &str) -> Record {
         seal: key("seal"),
         seal_parts: Vec::new(),
         seal_seconds: 3.5,
+        checked: None,
         tests: None,
         test_seconds: 0.0,
         image: Digest::of("image"),
-        disk: Digest::of("disk"),
+        disk: Some(Digest::of("disk")),
+        cloud: Vec::new(),
+        base_at_cloud: false,
     }
 }
 

@@ -164,6 +164,10 @@ fn the_file_system_keeps_its_share() {
     place.cache.budget = Some(u64::MAX);
     assert!(place.cache.slot(&key(1), None, 35 << 30).unwrap().is_some());
     assert!(place.cache.slot(&key(1), None, (35 << 30) + 1).unwrap().is_none());
+    // 5 GiB of a huge one.
+    place.cache.space = |_| Ok(Space { total: 250 << 30, free: 40 << 30 });
+    assert!(place.cache.slot(&key(1), None, 35 << 30).unwrap().is_some());
+    assert!(place.cache.slot(&key(1), None, (35 << 30) + 1).unwrap().is_none());
     place.cache.space = |_| Ok(Space { total: 10 << 30, free: 3 << 30 });
     assert_eq!(place.cache.usage().unwrap().budget, 1 << 30);
     assert!(place.cache.slot(&key(1), None, 1 << 30).unwrap().is_some());

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use kiln_model::Digest;
+
 use super::fakes::made_of;
 use super::{Bench, HEAD};
 use crate::template::{Cache, INIT_TEMPLATE};
@@ -23,7 +25,7 @@ fn the_common_keys_and_their_defaults() {
     let template = Bench::new(&format!(
         "{HEAD}labels = 'of base'\n[[provision]]\nshell = 'a'\n[[provision]]\nname = 'b'\nuser = 'deploy'\ntimeout = '5m'\nretries = 2\n\
          cache = '24h'\ncheckpoint = false\nshell = 'b'\n[[provision]]\nshell = 'c'\ncache = false\n[[provision]]\nshell = 'd'\ncache = 'forever'\n\
-         [[test]]\nshell = 't'\n[cache]\nmax_age = '3d'\n[seal]\nkeep = ['/home//deploy/.ssh/']"
+         [[test]]\nshell = 't'\n[cache]\nmax_age = '3d'\ntrusted = ['keys/ci.pub']\n[seal]\nkeep = ['/home//deploy/.ssh/']"
     ).replace("labels = 'of base'\n", ""))
     .good();
     let names: Vec<&str> = template.steps.iter().map(|step| step.common.name.as_str()).collect();
@@ -36,6 +38,7 @@ fn the_common_keys_and_their_defaults() {
     assert!(!b.checkpoint && template.steps[0].checkpoint);
     assert_eq!(template.tests[0].common.name, "test-1");
     assert_eq!(template.keep, ["/home/deploy/.ssh"]);
+    assert_eq!(template.trusted, [template.folder.join("keys/ci.pub")]);
     assert_eq!((template.builder_name.as_str(), template.builder.kind(), template.disk_size), ("qemu", "qemu", None));
     assert_eq!(template.base.label(), "debian bookworm");
 }
@@ -197,4 +200,35 @@ fn time_is_one_for_the_whole_bake() {
     ));
     bench.inputs.now = std::time::UNIX_EPOCH + Duration::from_secs(1_795_225_260);
     assert_eq!(bench.good().steps[0].common.env["A"], "2026-11-21 2026-11-21T01:41:00Z 1795225260 20261121T014100Z");
+}
+
+#[test]
+fn what_provenance_tells_of_a_template() {
+    let text = format!(
+        "{HEAD}[variables]\nopen = 'written'\ngiven = 'written'\nfetched = {{ env = 'FETCHED' }}\nboth = {{ env = 'BOTH' }}\n\
+         token = {{ env = 'API_TOKEN', sensitive = true }}\n\
+         [[provision]]\nshell = 'x'\nsecrets = ['token']\n\
+         env = {{ A = '{{{{ var.open }}}} {{{{ var.given }}}} {{{{ var.fetched }}}} {{{{ var.both }}}}' }}\n\
+         [[provision]]\ninclude = 'common/more.toml'\n"
+    );
+    let included = "[[provision]]\nshell = 'y'\n";
+    let bench =
+        Bench::new(&text).file("common/more.toml", included).var("given", "said").env("FETCHED", "hunter22").env("API_TOKEN", "hunter23");
+    let bench = bench.env("BOTH", "hunter24").env("KILN_VAR_both", "said too");
+    let template = bench.good();
+    let files: Vec<_> = template.files.iter().map(|file| (file.name.as_str(), file.digest)).collect();
+    assert_eq!(files, [("kiln.toml", Digest::of(&text)), ("common/more.toml", Digest::of(included))]);
+    let shown: Vec<_> = template.variables.iter().map(|(name, value)| (name.as_str(), value.as_deref())).collect();
+    assert_eq!(shown, [("both", Some("said too")), ("fetched", None), ("given", Some("said")), ("open", Some("written"))]);
+
+    bench.git(&["init", "-q"]);
+    bench.git(&["add", "."]);
+    bench.git(&["commit", "-qm", "one"]);
+    let commit = bench.good().commit.unwrap();
+    let source = crate::template::repository(&bench.path().join("common"), commit.clone()).unwrap();
+    assert_eq!((source.commit, source.folder.as_str(), source.repository, source.dirty), (commit.clone(), "common", None, false));
+    bench.git(&["remote", "add", "origin", "https://eve:hunter22@git.example/acme/shop"]);
+    let bench = bench.file("common/more.toml", "[[provision]]\nshell = 'z'\n");
+    let source = crate::template::repository(bench.path(), commit).unwrap();
+    assert_eq!((source.folder.as_str(), source.repository.as_deref(), source.dirty), ("", Some("https://git.example/acme/shop"), true));
 }

@@ -21,6 +21,7 @@ const AFTER_HEAD: &[(&str, &str, &str, &str)] = &[
     ("[seal]\nkeep = [1]", "1", "`keep` must be a string", ""),
     ("[cache]\nmax_age = 7", "7", "not a length of time", "7d"),
     ("[cache]\nmax_age = false", "false", "not a length of time", "7d"),
+    ("[cache]\ntrusted = 'ci.pub'", "'ci.pub'", "`trusted` must be an array of strings", ""),
     // Builders.
     ("[builder.qemu]\nmemroy = '1GiB'", "memroy", "unknown key `memroy`", "did you mean `memory`?"),
     ("[builder.qmeu]", "qmeu", "no builder of the type `qmeu`", "did you mean `qemu`?"),
