@@ -29,7 +29,7 @@ use kiln_model::base::Base;
 use kiln_model::checkpoint::{Checkpoint, KeptFile, Slot, Written};
 use kiln_model::guest::Command;
 use kiln_model::key::KeyHasher;
-use kiln_model::machine::{Context, Machine as _, Start};
+use kiln_model::machine::{Context, Machine as _, Portable, Start};
 use kiln_model::{Code, Error, Key, Result, ResultExt as _};
 use kiln_ssh::SshGuest;
 use serde::{Deserialize, Serialize};
@@ -89,7 +89,17 @@ impl QemuBuilder {
         Ok(Some(hasher.finish()))
     }
 
-    /// Goes on from `checkpoint`; `None` when it lies on another base file.
+    /// The disk of a checkpoint: all its files but the state of memory.
+    pub(crate) fn portable_files(checkpoint: &Checkpoint) -> Option<Portable> {
+        let mut note: Note = serde_json::from_value(checkpoint.note.clone()).ok()?;
+        // Of no use elsewhere, and nobody's business.
+        note.base = std::path::PathBuf::new();
+        let files = checkpoint.files.iter().map(|kept| kept.name.clone()).filter(|name| name != STATE).collect();
+        Some(Portable { files, note: serde_json::to_value(note).ok()? })
+    }
+
+    /// Goes on from `checkpoint`; `None` when it is of a machine with another
+    /// firmware.
     ///
     /// # Errors
     /// [`Code::DigestMismatch`] when its memory is damaged.
@@ -103,11 +113,15 @@ impl QemuBuilder {
         let base = &self.check(base)?;
         let Ok(note) = serde_json::from_value::<Note>(checkpoint.note.clone()) else { return Ok(None) };
         let boot = command::boot(&self.settings, base.firmware)?;
-        if note.base != base.disk.path || note.base_format != base.disk.format.name() || note.uefi != (boot == Boot::Uefi) {
+        if note.uefi != (boot == Boot::Uefi) {
             return Ok(None);
         }
+        // The step's key names the base's content: where the file is another,
+        // it holds the same.
+        let disk = base.file()?;
+        let moved = note.base != disk.path || note.base_format != disk.format.name();
         let folder = machine_folder(&context.work)?;
-        let layers = Layers::resume(&base.disk, &checkpoint.folder, note.layers, &folder, note.size).await?;
+        let layers = Layers::resume(disk, &checkpoint.folder, note.layers, &folder, note.size, moved).await?;
         let ovmf = match boot {
             Boot::Bios => None,
             Boot::Uefi => {

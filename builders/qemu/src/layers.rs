@@ -7,7 +7,9 @@
 //! goes on from it: a layer lives as long as anybody has it, and evicting one
 //! checkpoint never breaks another. They refer to each other by names in the
 //! same folder, so that they mean the same wherever they are linked; only the
-//! lowest one names the base, by its absolute path.
+//! lowest one names the base, by its absolute path. A checkpoint that was made
+//! where the base lies elsewhere, such as on another machine, gets a copy of
+//! that one, which names the base here.
 
 use std::path::{Path, PathBuf};
 
@@ -46,12 +48,22 @@ impl Layers {
     }
 
     /// The `count` layers of a checkpoint in the folder `from`, and an empty
-    /// one on them.
+    /// one on them. `moved`: the lowest one names another file than `base`,
+    /// with the same content.
     ///
     /// # Errors
     /// When they cannot be linked.
-    pub(crate) async fn resume(base: &DiskFile, from: &Path, count: usize, folder: &Path, size: u64) -> Result<Self> {
+    pub(crate) async fn resume(base: &DiskFile, from: &Path, count: usize, folder: &Path, size: u64, moved: bool) -> Result<Self> {
         link(from, folder, count)?;
+        if moved {
+            let lowest = folder.join(name(0));
+            let copy = || {
+                std::fs::remove_file(&lowest)?;
+                std::fs::copy(from.join(name(0)), &lowest)
+            };
+            copy().trying(|| format!("copy {} to {}", from.join(name(0)).display(), lowest.display()))?;
+            qemu_img::move_to(&lowest, base).await?;
+        }
         let mut layers = Self { folder: folder.to_owned(), base: base.clone(), size, count };
         layers.push().await?;
         Ok(layers)

@@ -55,7 +55,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use kiln_model::base::Base;
 use kiln_model::checkpoint::Checkpoint;
-use kiln_model::machine::{Builder, Context, Machine, Start};
+use kiln_model::machine::{Builder, Context, Machine, Portable, Start};
 use kiln_model::{Key, Result};
 
 pub use accelerator::Chosen;
@@ -90,5 +90,9 @@ impl Builder for QemuBuilder {
     async fn resume(&self, base: &Base, checkpoint: &Checkpoint, start: &Start, context: &Context) -> Result<Option<Box<dyn Machine>>> {
         let machine = self.resume_machine(base, checkpoint, start, context).await?;
         Ok(machine.map(|machine| Box::new(machine) as Box<dyn Machine>))
+    }
+
+    fn portable(&self, checkpoint: &Checkpoint) -> Option<Portable> {
+        Self::portable_files(checkpoint)
     }
 }

@@ -163,7 +163,7 @@ impl Stopped for QemuStopped {
         Ok(files.map(|files| Box::new(files) as Box<dyn Files>))
     }
 
-    fn disk(&self) -> DiskFile {
-        self.layers.top()
+    fn disk(&self) -> Option<DiskFile> {
+        Some(self.layers.top())
     }
 }

@@ -64,9 +64,10 @@ impl QemuBuilder {
         let base = &self.check(base)?;
         let boot = command::boot(&self.settings, base.firmware)?;
         let folder = machine_folder(&context.work)?;
-        let size = start.disk_size.unwrap_or(base.disk.size);
-        let layers = Layers::create(&base.disk, &folder, size).await?;
-        if size > base.disk.size {
+        let disk = base.file()?;
+        let size = start.disk_size.unwrap_or(disk.size);
+        let layers = Layers::create(disk, &folder, size).await?;
+        if size > disk.size {
             grow_partition(&layers.top(), &folder, context).await?;
         }
         let ovmf = (boot == Boot::Uefi).then(|| Ovmf::install(folder.join(EFI_VARIABLES))).transpose()?;
@@ -170,8 +171,9 @@ impl QemuBuilder {
                 None => error.next("correct `binary` in [builder.qemu]"),
             });
         }
-        let path = std::fs::canonicalize(&base.disk.path).trying(|| format!("find {}", base.disk.path.display()))?;
-        Ok(Base { disk: DiskFile { path, ..base.disk.clone() }, ..base.clone() })
+        let disk = base.file()?;
+        let path = std::fs::canonicalize(&disk.path).trying(|| format!("find {}", disk.path.display()))?;
+        Ok(Base { disk: DiskFile { path, ..disk.clone() }.into(), ..base.clone() })
     }
 }
 

@@ -86,7 +86,7 @@ fn base() -> Base {
 }
 
 fn base_on(disk: DiskFile) -> Base {
-    Base { label: "test".into(), disk, firmware: Firmware::BiosUefi, architecture: "amd64".into(), credentials: Some(true) }
+    Base { label: "test".into(), disk: disk.into(), firmware: Firmware::BiosUefi, architecture: "amd64".into(), credentials: Some(true) }
 }
 
 async fn said(machine: &dyn Machine, line: &str) -> String {
@@ -102,12 +102,12 @@ const MINUTES: Duration = Duration::from_secs(300);
 async fn a_machine_from_its_start_to_its_blocks() {
     let bake = Bake::new();
     let base = base();
-    let before = std::fs::metadata(&base.disk.path).unwrap().modified().unwrap();
-    let size = base.disk.size + (1 << 30);
+    let before = std::fs::metadata(&base.file().unwrap().path).unwrap().modified().unwrap();
+    let size = base.size() + (1 << 30);
     let machine = bake.start(&base, &Start { disk_size: Some(size), ..Start::default() }).await;
     assert_eq!(said(&*machine, "id -un").await, "root");
     let blocks: u64 = said(&*machine, "df -B1 --output=size / | tail -1").await.parse().unwrap();
-    assert!(blocks > base.disk.size, "the root file system has {blocks} bytes of a disk of {size}");
+    assert!(blocks > base.size(), "the root file system has {blocks} bytes of a disk of {size}");
     said(&*machine, "head -c 20000000 /dev/urandom > /root/noise; echo kept > /etc/kept; fstrim -a; sync").await;
 
     let boot = machine.guest().boot_id().await.unwrap();
@@ -138,13 +138,13 @@ async fn a_machine_from_its_start_to_its_blocks() {
     assert_eq!(extents.iter().map(|e| e.length).sum::<u64>(), size);
 
     // The stopped disk is something to start from, and so on.
-    let again = base_on(stopped.disk());
+    let again = base_on(stopped.disk().unwrap());
     let machine = bake.start(&again, &Start::default()).await;
     assert_eq!(said(&*machine, "cat /etc/kept; ls /root").await, "kept\nnoise");
     machine.kill().await;
     drop(files);
     drop(stopped);
-    assert_eq!(std::fs::metadata(&base.disk.path).unwrap().modified().unwrap(), before);
+    assert_eq!(std::fs::metadata(&base.file().unwrap().path).unwrap().modified().unwrap(), before);
     bake.end();
 }
 
@@ -255,7 +255,8 @@ async fn another_host_key_is_refused() {
         printf '[Service]\\nExecStartPre=/bin/sed -i s,^HostKey.*,, /etc/ssh/sshd_config.d/00-kiln.conf\\n' > /etc/systemd/system/ssh.service.d/own.conf && sync";
     said(&*machine, script).await;
     let stopped = machine.stop(MINUTES).await.unwrap();
-    let error = bake.builder(Settings::default()).start(&base_on(stopped.disk()), &Start::default(), &bake.context).await.err().unwrap();
+    let error =
+        bake.builder(Settings::default()).start(&base_on(stopped.disk().unwrap()), &Start::default(), &bake.context).await.err().unwrap();
     assert_eq!(error.kind(), Code::HostKey, "{error:?}");
     eprintln!("{error:?}");
     drop(stopped);

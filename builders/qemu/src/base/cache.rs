@@ -77,7 +77,7 @@ impl Card {
         let format = [DiskFormat::Raw, DiskFormat::Qcow2].into_iter().find(|f| f.name() == self.format)?;
         Some(Base {
             label: label.to_owned(),
-            disk: DiskFile { path, format, size: self.size },
+            disk: DiskFile { path, format, size: self.size }.into(),
             firmware: self.firmware,
             architecture: self.architecture.clone(),
             credentials: self.credentials,

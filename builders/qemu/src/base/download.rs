@@ -13,6 +13,7 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use kiln_http::{Failed, Patience, shown};
 use kiln_model::event::Reports;
 use kiln_model::{Code, Error, Result, ResultExt as _};
 use reqwest::{Client, StatusCode, Url, header};
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Site;
 use super::checksum::{Algorithm, Checksum, Hasher};
-use super::http::{self, Failed, Patience, shown};
+use super::http;
 
 /// Lists of checksums are smaller than this many bytes.
 const LIST: usize = 4 << 20;

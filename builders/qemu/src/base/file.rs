@@ -188,7 +188,7 @@ impl BaseSource for FileSource {
 
     fn remember(&self, base: &Base, digest: &Digest) -> Result<()> {
         let fetched = self.seen().clone();
-        if base.disk.path != self.path || fetched.as_ref() != Some(&Stamp::of(&self.path)?) {
+        if base.file()?.path != self.path || fetched.as_ref() != Some(&Stamp::of(&self.path)?) {
             return Err(self.changing());
         }
         // Another bake may have found the file in another state by now.

@@ -164,7 +164,7 @@ impl BaseSource for DebianSource {
     }
 
     fn remember(&self, base: &Base, digest: &Digest) -> Result<()> {
-        self.shelf.remember(&base.disk.path, digest)
+        self.shelf.remember(&base.file()?.path, digest)
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use async_trait::async_trait;
+use kiln_http::{Patience, is_loopback, shown};
 use kiln_model::base::{Base, BaseSource};
 use kiln_model::kind::Kind;
 use kiln_model::machine::Context;
@@ -18,7 +19,6 @@ use reqwest::Url;
 use super::cache::{self, Card, Made, Shelf};
 use super::checksum::{self, Checksum, Hasher};
 use super::download::{Downloader, digest_into, mismatch};
-use super::http::{Patience, is_loopback, shown};
 use super::{Site, inspect};
 
 /// Reads `url` and `checksum` of `[base]`.
@@ -301,7 +301,7 @@ impl BaseSource for UrlSource {
 
     fn remember(&self, base: &Base, digest: &Digest) -> Result<()> {
         match self.found.get() {
-            Some(found) => found.shelf.remember(&base.disk.path, digest),
+            Some(found) => found.shelf.remember(&base.file()?.path, digest),
             None => Ok(()),
         }
     }

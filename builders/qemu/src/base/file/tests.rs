@@ -31,8 +31,8 @@ async fn it_is_used_in_place_and_its_blocks_are_remembered() {
     let source = bench.source();
     assert_eq!(source.known().unwrap(), None);
     let base = source.fetch(false, &context).await.unwrap();
-    assert_eq!(base.disk.path, bench.path);
-    assert_eq!((base.disk.size, base.firmware, base.credentials), (1 << 20, Firmware::Bios, None));
+    assert_eq!(base.file().unwrap().path, bench.path);
+    assert_eq!((base.size(), base.firmware, base.credentials), (1 << 20, Firmware::Bios, None));
     source.remember(&base, &digest()).unwrap();
     assert_eq!(bench.source().known().unwrap(), Some(digest()));
     assert!(heard.notes().is_empty());
@@ -100,7 +100,7 @@ async fn a_qcow2_by_any_name_is_looked_into() {
     for more in [&[][..], &["-c"]] {
         convert(more);
         let base = bench.source().fetch(true, &context).await.unwrap();
-        assert_eq!((base.disk.format, base.disk.size), (kiln_model::base::DiskFormat::Qcow2, 1 << 20));
+        assert_eq!((base.file().unwrap().format, base.size()), (kiln_model::base::DiskFormat::Qcow2, 1 << 20));
         assert_eq!(base.firmware, Firmware::Bios, "read from within, {more:?}");
     }
     assert_eq!(std::fs::read_dir(&context.work).unwrap().count(), 0);

@@ -54,8 +54,8 @@ async fn it_is_kept_until_fresh_or_another_recipe() {
     assert!(heard.notes()[0].contains("--fresh"));
     tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     let new = source(home.path(), &made, "").fetch(true, &one).await.unwrap();
-    assert_eq!(std::fs::read_to_string(&new.disk.path).unwrap(), "bookworm 1");
-    assert_eq!(std::fs::read_to_string(&old.disk.path).unwrap(), "bookworm 0", "`a` still uses it");
+    assert_eq!(std::fs::read_to_string(&new.file().unwrap().path).unwrap(), "bookworm 1");
+    assert_eq!(std::fs::read_to_string(&old.file().unwrap().path).unwrap(), "bookworm 0", "`a` still uses it");
     assert_eq!(source(home.path(), &made, "").fetch(false, &one).await.unwrap().disk, new.disk);
     source(home.path(), &made, "another").fetch(false, &one).await.unwrap();
     assert_eq!(made.load(Ordering::SeqCst), 3);

@@ -40,16 +40,16 @@ async fn downloaded_once_whatever_the_address() {
     let (first, second) = (first.unwrap(), second.unwrap());
     assert_eq!(server.state().requests.len(), 1);
     assert_eq!(first.disk, second.disk);
-    assert!(std::fs::read(&first.disk.path).unwrap() == body);
+    assert!(std::fs::read(&first.file().unwrap().path).unwrap() == body);
     assert!(second.label.ends_with("/mirror/other.img"));
     assert_eq!(std::fs::read_dir(home.path().join("cache/downloads")).unwrap().count(), 0);
     // Fresh looks whether it is still what it was.
     a.fetch(true, &one).await.unwrap();
     assert_eq!(server.state().requests.len(), 1);
-    std::fs::write(&first.disk.path, vec![0; body.len()]).unwrap();
+    std::fs::write(&first.file().unwrap().path, vec![0; body.len()]).unwrap();
     let again = a.fetch(true, &one).await.unwrap();
     assert_eq!(server.state().requests.len(), 2);
-    assert!(std::fs::read(&again.disk.path).unwrap() == body);
+    assert!(std::fs::read(&again.file().unwrap().path).unwrap() == body);
 }
 
 #[tokio::test]
@@ -70,7 +70,7 @@ async fn a_list_is_asked_for_the_last_part_of_the_address() {
     let url = Url::from_file_path(home.path().join("disk.raw")).unwrap();
     let before = server.state().requests.len();
     let base = source(home.path(), &url, "file:SUMS");
-    assert!(std::fs::read(base.fetch(false, &one).await.unwrap().disk.path).unwrap() == body);
+    assert!(std::fs::read(base.fetch(false, &one).await.unwrap().file().unwrap().path.clone()).unwrap() == body);
     assert_eq!(server.state().requests.len(), before);
     // And one that does not know it.
     server.state().files[1].1 = b"nothing".to_vec();
