@@ -1,4 +1,5 @@
-//! Images of the store as bases: for `[base] image = "…"` and for `kiln run`.
+//! Images as bases: for `[base] image = "…"` and for `kiln run`. One at a
+//! registry is pulled into the store first.
 //!
 //! A machine starts from a file, so an image's disk is unpacked once, named by
 //! its disk digest, and kept in the cache, which can be removed at any time.
@@ -8,14 +9,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
-use kiln_model::base::{Base, BaseSource, DiskFile, DiskFormat};
+use kiln_model::base::{Base, BaseDisk, BaseSource, DiskFile, DiskFormat};
+use kiln_model::event::Reports;
 use kiln_model::home::Home;
 use kiln_model::kind::Kind;
 use kiln_model::machine::Context;
 use kiln_model::reference::{Pointer, Reference};
 use kiln_model::settings::{Node, Problems, Reader};
-use kiln_model::{Digest, Result, ResultExt as _};
-use kiln_store::Store;
+use kiln_model::{Code, Digest, Result, ResultExt as _};
+use kiln_store::revoke::revoked;
+use kiln_store::{Place, Store};
+
+use crate::network;
 
 /// `[base] image = "…"`.
 pub(crate) struct ImageKind(Home);
@@ -40,7 +45,13 @@ impl Kind<dyn BaseSource> for ImageKind {
         let place = reader.entry("image")?.node.place;
         let text = reader.string("image", problems)?;
         match text.parse::<Reference>() {
-            Ok(reference) => Some(Box::new(ImageSource { home: self.0.clone(), reference, pinned: None, in_use: Mutex::default() })),
+            Ok(reference) => Some(Box::new(ImageSource {
+                home: self.0.clone(),
+                reference,
+                pinned: None,
+                fetched: Mutex::default(),
+                in_use: Mutex::default(),
+            })),
             Err(error) => {
                 let problem = problems.add(place, error.to_string());
                 if let Some(next) = error.next_move() {
@@ -56,14 +67,19 @@ struct ImageSource {
     home: Home,
     reference: Reference,
     pinned: Option<Digest>,
+    /// What it was when it was fetched.
+    fetched: Mutex<Option<Digest>>,
     in_use: Mutex<Option<File>>,
 }
 
 impl ImageSource {
-    /// What to ask the store for.
+    /// What to ask for: what another template of the same call has baked is
+    /// in the store, whatever the reference says.
     fn wanted(&self) -> Reference {
-        let pointer = self.pinned.map_or_else(|| self.reference.pointer.clone(), Pointer::Digest);
-        Reference { pointer, ..self.reference.clone() }
+        match self.pinned {
+            Some(digest) => in_store(&self.reference, digest),
+            None => self.reference.clone(),
+        }
     }
 }
 
@@ -75,7 +91,20 @@ impl BaseSource for ImageSource {
 
     fn known(&self) -> Result<Option<Digest>> {
         let store = Store::open(&self.home.store())?;
-        Ok(store.image(&store.resolve(&self.wanted())?)?.disk_digest())
+        let wanted = self.wanted();
+        let fetched = *self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        let digest = match (&wanted.registry, fetched, &wanted.pointer) {
+            (_, Some(digest), _) => digest,
+            (None, None, _) => store.resolve(&wanted)?,
+            (Some(_), None, Pointer::Digest(digest)) => *digest,
+            // Where a tag of a registry leads, the registry alone knows.
+            (Some(_), None, _) => return Ok(None),
+        };
+        match store.image(&digest) {
+            Ok(image) => Ok(image.config.as_base()),
+            Err(error) if error.kind() == Code::NotFound && wanted.registry.is_some() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     fn image(&self) -> Option<&Reference> {
@@ -88,7 +117,20 @@ impl BaseSource for ImageSource {
 
     async fn fetch(&self, _fresh: bool, context: &Context) -> Result<Base> {
         let store = Store::open(&self.home.store())?;
-        let (base, lock) = unpack(&self.home, &store, &self.wanted(), context).await?;
+        let digest = network::bring(&self.home, &store, &self.wanted(), None, &context.reports).await?;
+        let image = store.image(&digest)?;
+        if image.disk_digest().is_none() && !image.config.cloud.is_empty() {
+            *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = Some(digest);
+            return Ok(Base {
+                label: self.label(),
+                disk: BaseDisk::Cloud(image.config.cloud),
+                firmware: image.config.firmware,
+                architecture: image.config.architecture,
+                credentials: image.config.credentials.then_some(true),
+            });
+        }
+        let (base, lock) = unpack(&self.home, &store, &in_store(&self.reference, digest), context).await?;
+        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = Some(digest);
         *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
         Ok(Base { label: self.label(), ..base })
     }
@@ -99,10 +141,35 @@ impl BaseSource for ImageSource {
     }
 }
 
-/// Unpacks the root disk of an image into the cache, unless it is there. The
-/// file stays as long as the lock that is given with it is held.
+/// The image `digest` of the store, under the name of a reference.
+fn in_store(reference: &Reference, digest: Digest) -> Reference {
+    Reference { registry: None, name: reference.name.clone(), pointer: Pointer::Digest(digest) }
+}
+
+/// Refuses an image that was revoked, or was baked from one that was; says so
+/// where that is allowed.
+pub(crate) async fn refuse_revoked(
+    place: &dyn Place,
+    reference: &Reference,
+    digest: &Digest,
+    allow: bool,
+    reports: &Reports,
+) -> Result<()> {
+    match revoked(place, digest).await? {
+        None => Ok(()),
+        Some(revoked) if allow => {
+            reports.warn(format!("{reference} was revoked, and is used all the same: {}", revoked.why));
+            Ok(())
+        }
+        Some(revoked) => Err(revoked.refuse(&reference.to_string(), digest)),
+    }
+}
+
+/// Unpacks the root disk of an image into the cache, unless it is there; from a
+/// registry the image comes into the store first. The file stays as long as the
+/// lock that is given with it is held.
 pub(crate) async fn unpack(home: &Home, store: &Store, reference: &Reference, context: &Context) -> Result<(Base, File)> {
-    let digest = store.resolve(reference)?;
+    let digest = network::bring(home, store, reference, None, &context.reports).await?;
     let image = store.image(&digest)?;
     let record = store.record(&digest)?;
     let size = record.map.size;
@@ -128,7 +195,7 @@ pub(crate) async fn unpack(home: &Home, store: &Store, reference: &Reference, co
     };
     let base = Base {
         label: reference.to_string(),
-        disk: DiskFile { path, format: DiskFormat::Raw, size },
+        disk: DiskFile { path, format: DiskFormat::Raw, size }.into(),
         firmware: image.config.firmware,
         architecture: image.config.architecture,
         // `false` is also what an older image says that was never asked.

@@ -1,11 +1,20 @@
 //! `kiln`: arguments, terminal, exit status.
 
+mod actor;
 mod cli;
 mod commands;
+mod ec2;
+mod ec2_bake;
+mod evidence;
+mod facts;
+mod followers;
 mod image_base;
+mod network;
 mod output;
 mod registry;
 mod session;
+mod shared_cache;
+mod signing;
 mod site;
 
 use std::process::ExitCode;

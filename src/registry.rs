@@ -20,8 +20,12 @@ pub(crate) struct Registry {
 impl Registry {
     pub(crate) fn new(home: &Home, site: &kiln_qemu::base::Site) -> Self {
         let provisioners = kiln_provisioners::all();
-        let builders: Vec<Box<dyn Kind<dyn Builder>>> = vec![Box::new(kiln_qemu::QemuKind::new(home))];
+        let http = kiln_http::Settings { proxy: site.proxy.clone(), ca_certificates: site.ca_certificates.clone() };
+        let ec2 = crate::ec2_bake::around(home, http);
+        let builders: Vec<Box<dyn Kind<dyn Builder>>> =
+            vec![Box::new(kiln_qemu::QemuKind::new(home)), Box::new(kiln_ec2::bake::Ec2Kind::new(ec2.clone()))];
         let mut bases = kiln_qemu::base::kinds(home.cache(), site.clone());
+        bases.push(Box::new(kiln_ec2::bake::AmiKind::new(ec2)));
         bases.push(Box::new(ImageKind::new(home.clone())));
         Self { provisioners, builders, bases }
     }

@@ -13,6 +13,8 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::ec2_bake;
+
 /// Runs `work` with a context of its own. Whatever it made is undone when it
 /// ends, fails, or is interrupted. What killed bakes have left is removed first.
 pub(crate) async fn with_context<T, F>(home: &Home, reports: &Reports, work: impl FnOnce(Context) -> F) -> Result<T>
@@ -74,9 +76,13 @@ pub(crate) async fn reap(home: &Home, reports: &Reports) -> Result<usize> {
                 Resource::Process { pid, start, .. } => kiln_disk::process::reap_process(*pid, *start).map(drop),
                 // A half-built base may hold files of subordinate ids.
                 Resource::Path { path } => kiln_qemu::base::remove_half_built(path.clone()).await,
+                Resource::Cloud { builder, region, resource, id } if builder == kiln_ec2::bake::EC2 => {
+                    let done = ec2_bake::reap(home, &orphan.bake, region, resource, id.as_deref()).await;
+                    done.map(drop).trying(|| format!("remove the {resource} that was left behind in {region}"))
+                }
                 Resource::Cloud { builder, region, resource, .. } => Err(Error::new(
                     Code::Missing,
-                    format!("a {resource} in {region} was left behind, and this kiln was built without the builder `{builder}`"),
+                    format!("a {resource} in {region} was left behind, and this kiln knows no builder `{builder}`"),
                 )),
             };
             match done {

@@ -8,6 +8,9 @@ use std::sync::Arc;
 use kiln_bake::graph::{Graph, Limits, Node};
 use kiln_bake::template::Template;
 use kiln_bake::{Options, Stores, bake, resume};
+use kiln_cache::Checkpoints;
+use kiln_evidence::PrivateKey;
+use kiln_model::account::Witness;
 use kiln_model::block::ImageSink;
 use kiln_model::checkpoint::CheckpointCache;
 use kiln_model::event::{Baked, Event, Failure, Reports};
@@ -15,17 +18,22 @@ use kiln_model::guest::SshAccess;
 use kiln_model::history::History;
 use kiln_model::home::Home;
 use kiln_model::reference::{Pointer, Reference};
-use kiln_model::{Code, Error, Result, ResultExt as _};
-use kiln_store::Store;
+use kiln_model::{Code, Digest, Error, Result, ResultExt as _};
+use kiln_store::{Place as _, RemotePlace, Store};
 use tokio::task::JoinSet;
 
 use super::App;
 use super::plan::{again, config};
+use super::push::{as_json as push_as_json, destination, push as push_image, summary as push_summary};
 use super::validate::load_or_explain;
 use crate::cli::{Bake, OnFailure};
+use crate::evidence::Attester;
+use crate::network;
 use crate::output::{Events, print, seconds, show_error};
 use crate::registry::Registry;
 use crate::session::{Signals, reap, within};
+use crate::shared_cache::{self, SharedCache};
+use crate::signing;
 
 pub(super) async fn run(app: &App, arguments: &Bake) -> Result<u8> {
     let events = app.output.events();
@@ -58,16 +66,56 @@ struct Kitchen {
     home: Home,
     store: Arc<Store>,
     sink: Arc<dyn ImageSink>,
-    cache: Arc<dyn CheckpointCache>,
+    cache: Arc<Checkpoints>,
+    /// Where checkpoints are taken from.
+    cache_from: Option<RemotePlace>,
+    /// Where they are left, and with whose signature.
+    cache_to: Option<(RemotePlace, PrivateKey)>,
     history: Arc<dyn History>,
+    witness: Arc<dyn Witness>,
     test: bool,
+    fetch: bool,
     on_failure: OnFailure,
+    allow_revoked: bool,
     tags: Vec<String>,
+    push: Option<(PushTo, kiln_registry::Client)>,
+}
+
+/// Where `--push` sends images to.
+enum PushTo {
+    /// The one image.
+    Reference(Reference),
+    /// Each under its own name.
+    Namespace(String),
+}
+
+impl PushTo {
+    fn new(text: &str, images: usize) -> Result<Self> {
+        if let Some(namespace) = text.strip_suffix('/') {
+            destination(&format!("{namespace}/name"))?;
+            return Ok(Self::Namespace(namespace.to_owned()));
+        }
+        let reference = destination(text)?;
+        if images > 1 {
+            let error = Error::new(Code::Usage, format!("`--push {text}` names one image, and {images} are baked"));
+            return Err(error.next("give a namespace, HOST/NAMESPACE/: each image is pushed there under its own name and version"));
+        }
+        Ok(Self::Reference(reference))
+    }
+
+    fn of(&self, image: &Baked) -> Result<Reference> {
+        match self {
+            Self::Reference(reference) => Ok(reference.clone()),
+            Self::Namespace(namespace) => destination(&format!("{namespace}/{}", image.name)),
+        }
+    }
 }
 
 /// One bake to be done.
 struct Job {
     template: Template,
+    /// The image that it starts from, if an earlier bake of the call made it.
+    pinned: Option<Digest>,
     resume: resume::Options,
     reports: Reports,
 }
@@ -76,7 +124,14 @@ async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended>
     for tag in &arguments.tags {
         kiln_model::reference::check_tag(tag).map_err(|why| Error::new(Code::Usage, format!("`--tag {tag}`: {why}")))?;
     }
+    let cache_from = arguments.cache_from.as_deref().map(|text| shared_cache::repository("--cache-from", text)).transpose()?;
+    let cache_to = arguments.cache_to.as_deref().map(|text| shared_cache::repository("--cache-to", text)).transpose()?;
     let templates = load_all(app, arguments)?;
+    if let Some((template, _)) = templates.iter().find(|(template, _)| cache_from.is_some() && template.trusted.is_empty()) {
+        let error = Error::new(Code::Usage, format!("`--cache-from`: {} trusts no key", template.path.display()));
+        return Err(error.next("name the public keys whose checkpoints it may start from: `[cache] trusted = [\"kiln.pub\"]`"));
+    }
+    let push = arguments.push.as_deref().map(|to| PushTo::new(to, templates.len())).transpose()?;
     let nodes: Vec<Node> = templates.iter().map(|(template, _)| Node::of(template)).collect();
     let titles: Vec<String> = nodes.iter().map(Node::title).collect();
     let mut graph = Graph::new(nodes, limits(arguments))?;
@@ -87,18 +142,40 @@ async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended>
         for secret in template.secrets.values() {
             reports.redactor().add(secret);
         }
-        jobs.push(Some(Job { template, resume, reports }));
+        jobs.push(Some(Job { template, pinned: None, resume, reports }));
     }
     let store = Arc::new(app.store()?);
+    for (title, tag) in titles.iter().flat_map(|title| arguments.tags.iter().map(move |tag| (title, tag))) {
+        store.may_tag(title.split(':').next().unwrap_or_default(), tag)?;
+    }
+    // Who is asked for a passphrase is asked before anything is begun.
+    let key = signing::key_of_bakes(arguments, &events.all())?;
+    let cache_to = match (&cache_to, &key) {
+        (None, _) => None,
+        (Some(to), Some(key)) => Some((app.remote(to)?, key.clone())),
+        (Some(_), None) => {
+            let error = Error::new(Code::Usage, "`--cache-to` leaves nothing that is not signed, and there is no key to sign with");
+            return Err(error.next("name one with --sign-key, or in the site's settings with `[signing] key`"));
+        }
+    };
+    let witness: Arc<dyn Witness> = Arc::new(Attester::new(Store::clone(&store), key));
+    // One client: what a host bears is shared by all pushes.
+    let registry = if push.is_some() { Some(network::client(&events.all())?) } else { None };
     let kitchen = Arc::new(Kitchen {
         home: app.home.clone(),
         sink: store.clone(),
         store,
         cache: Arc::new(app.checkpoints()?),
+        cache_from: cache_from.as_ref().map(|from| app.remote(from)).transpose()?,
+        cache_to,
         history: app.history()?,
+        witness,
         test: !arguments.no_test,
+        fetch: arguments.fetch,
         on_failure: arguments.on_failure,
+        allow_revoked: arguments.allow_revoked,
         tags: arguments.tags.clone(),
+        push: push.zip(registry),
     });
 
     let signals = Signals::listen()?;
@@ -111,6 +188,7 @@ async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended>
             let Some(mut job) = jobs.get_mut(index).and_then(Option::take) else { continue };
             if let Some(image) = graph.base(index).and_then(|base| baked.get(base)?.as_ref()) {
                 job.template.base.pin(image.digest);
+                job.pinned = Some(image.digest);
             }
             let (kitchen, signals) = (kitchen.clone(), signals.clone());
             let task = running.spawn(async move { bake_one(&kitchen, job, signals).await });
@@ -206,10 +284,16 @@ fn of_image(error: Error, title: &str) -> Error {
 }
 
 async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked> {
-    let Kitchen { home, store, sink, cache, history, .. } = kitchen;
-    let Job { template, resume, reports } = job;
+    let Kitchen { home, store, sink, cache, history, witness, .. } = kitchen;
+    let Job { template, pinned, resume, reports } = job;
+    // Before anything that was cached is used, too. A base that is not there is
+    // the bake's to tell.
+    if let Some(reference) = template.base.image() {
+        network::refuse_revoked_base(store, reference, pinned, kitchen.allow_revoked, &reports).await?;
+    }
     let options = Options {
         resume,
+        fetch: kitchen.fetch,
         test: kitchen.test,
         on_failure: match kitchen.on_failure {
             OnFailure::Clean => kiln_bake::OnFailure::Clean,
@@ -218,8 +302,14 @@ async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked
         },
         open_shell: &|access| Box::pin(open_shell(access)),
     };
-    let stores = Stores { sink, cache, history, image: &|record| config(store, record) };
-    let baked = within(signals, home, &reports, |context| {
+    let (keys, names) = signing::trusted(&template.trusted)?;
+    let local = &Arc::new(cache.trusting(names));
+    let cache: Arc<dyn CheckpointCache> = match &kitchen.cache_from {
+        None => local.clone(),
+        Some(place) => Arc::new(SharedCache::new(local.clone(), place.clone(), keys, reports.clone())),
+    };
+    let stores = Stores { sink, cache: &cache, history, image: &|record| config(store, record), witness: Some(witness) };
+    let mut baked = within(signals.clone(), home, &reports, |context| {
         let (template, options, stores) = (&template, &options, &stores);
         async move { bake(template, options, stores, &context).await }
     })
@@ -230,6 +320,38 @@ async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked
         if let Some(moved) = store.tag(&image, &new)? {
             reports.note(moved.to_string());
         }
+    }
+    if let Some((place, key)) = &kitchen.cache_to {
+        let record = history.records(&template.name)?.into_iter().rfind(|record| record.image == baked.digest);
+        let left = within(signals.clone(), home, &reports, |context| {
+            let (template, record) = (&template, &record);
+            async move {
+                match record {
+                    Some(record) => shared_cache::leave(local, place, key, (template, record), &context).await,
+                    None => Ok(0),
+                }
+            }
+        });
+        match left.await {
+            Ok(1) => reports.note(format!("left 1 checkpoint at {}", place.label())),
+            Ok(left) => reports.note(format!("left {left} checkpoints at {}", place.label())),
+            Err(error) if matches!(error.kind(), Code::Interrupted | Code::Terminated) => return Err(error),
+            Err(error) => reports.warn(format!("checkpoints were not left at {}: {}", place.label(), error.chain())),
+        }
+    }
+    if let Some((push, client)) = &kitchen.push {
+        let to = push.of(&baked)?;
+        let (sent, to) = within(signals, home, &reports, |context| {
+            let (to, baked) = (&to, &baked);
+            async move { push_image(home, client, store, &baked.digest, to, &context.reports).await }
+        })
+        .await?;
+        reports.note(push_summary(&sent, &to));
+        let mut artifact = push_as_json(&sent, &to);
+        if let Some(object) = artifact.as_object_mut() {
+            object.insert("kind".into(), "registry".into());
+        }
+        baked.artifacts.push(artifact);
     }
     Ok(baked)
 }
@@ -253,12 +375,19 @@ fn write_result(path: &Path, event: &Event) -> Result<()> {
 }
 
 fn summary(image: &Baked) -> String {
-    format!(
-        "{name}:{version}\n  digest       {digest}\n  disk digest  {disk}\n  took         {took}\n  try it       kiln run {name}:{version}\n",
-        name = image.name,
-        version = image.version,
-        digest = image.digest,
-        disk = image.disk_digest,
-        took = seconds(image.seconds)
-    )
+    let Baked { name, version, digest, .. } = image;
+    let mut text = format!("{name}:{version}\n  digest       {digest}\n");
+    if let Some(disk) = image.disk_digest {
+        text.push_str(&format!("  disk digest  {disk}\n"));
+    }
+    for artifact in &image.artifacts {
+        if let (Some(id), Some(region)) = (artifact["id"].as_str(), artifact["region"].as_str()) {
+            text.push_str(&format!("  in           {region}: {id}\n"));
+        }
+    }
+    text.push_str(&format!("  took         {}\n", seconds(image.seconds)));
+    if image.disk_digest.is_some() {
+        text.push_str(&format!("  try it       kiln run {name}:{version}\n"));
+    }
+    text
 }

@@ -1,17 +1,32 @@
 //! `kiln images`: what is in the store.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use kiln_model::{Code, Error, Result};
-use kiln_store::Image;
+use kiln_model::{Code, Digest, Error, Result};
+use kiln_store::{Image, Store};
 use serde_json::json;
 
 use super::App;
 use crate::cli::Images;
 use crate::output::{ago, bytes, show_error, table};
 
+/// Which channels each image is at.
+pub(super) type Heads = BTreeMap<Digest, Vec<String>>;
+
+/// Which channels each image is at. A channel that is damaged is told, and
+/// hides no image.
+pub(super) fn heads(store: &Store) -> Heads {
+    store.heads().unwrap_or_else(|error| {
+        show_error(&error);
+        Heads::new()
+    })
+}
+
 pub(super) fn run(app: &App, arguments: &Images) -> Result<u8> {
-    let listing = app.store()?.images(arguments.all)?;
+    let store = app.store()?;
+    let listing = store.images(arguments.all)?;
+    let heads = heads(&store);
     let wanted = |image: &&Image| arguments.name.as_ref().is_none_or(|name| image.config.name == *name);
     let images: Vec<&Image> = listing.images.iter().filter(wanted).collect();
     if let (true, Some(name)) = (images.is_empty(), &arguments.name) {
@@ -22,23 +37,28 @@ pub(super) fn run(app: &App, arguments: &Images) -> Result<u8> {
             &Error::new(Code::Corrupt, format!("image {digest} is damaged: {}", error.chain())).next("`kiln verify` says what is missing"),
         );
     }
-    let value: Vec<_> = images.iter().map(|image| as_json(image)).collect();
+    let value: Vec<_> = images.iter().map(|image| as_json(image, &heads)).collect();
     app.output.result(&value, || {
         if images.is_empty() {
             return "no images yet; `kiln init` writes a template, `kiln bake` bakes it".to_owned();
         }
         let mut rows = vec![["NAME", "VERSION", "DIGEST", "CREATED", "DISK", "SIZE"].map(String::from).to_vec()];
-        rows.extend(images.iter().map(|image| row(image)));
+        rows.extend(images.iter().map(|image| row(image, &heads)));
         table(&rows)
     });
     Ok(if listing.damaged.is_empty() { 0 } else { Code::Corrupt.exit_status() })
 }
 
-fn row(image: &Image) -> Vec<String> {
+fn row(image: &Image, heads: &Heads) -> Vec<String> {
     // Every tag that points to it; one that was moved away has none.
     let mut tags: Vec<&str> = image.names.iter().filter_map(|name| name.split_once(':').map(|(_, tag)| tag)).collect();
     tags.sort_by_key(|tag| *tag != image.config.version);
-    let tags = if tags.is_empty() { "-".to_owned() } else { tags.join(", ") };
+    let mut names: Vec<String> = tags.into_iter().map(ToOwned::to_owned).collect();
+    names.extend(heads.get(&image.digest).into_iter().flatten().cloned());
+    let mut tags = if names.is_empty() { "-".to_owned() } else { names.join(", ") };
+    if image.is_revoked() {
+        tags.push_str(" (revoked)");
+    }
     let disk: u64 = image.config.disks.iter().map(|disk| disk.size).sum();
     let created = image.created().and_then(|text| text.parse::<jiff::Timestamp>().ok());
     let age = created.and_then(|time| SystemTime::now().duration_since(time.into()).ok()).map_or_else(|| "-".to_owned(), ago_or_now);
@@ -50,10 +70,11 @@ fn ago_or_now(age: Duration) -> String {
 }
 
 /// An image as `images` and `inspect` tell it to programs.
-pub(super) fn as_json(image: &Image) -> serde_json::Value {
+pub(super) fn as_json(image: &Image, heads: &Heads) -> serde_json::Value {
     json!({
         "name": image.config.name, "version": image.config.version, "arch": image.config.architecture,
         "digest": image.digest, "disk_digest": image.disk_digest(), "created": image.created(),
         "tags": image.names, "fixed": image.fixed, "base": image.base, "size": image.size,
+        "channels": heads.get(&image.digest).map(Vec::as_slice).unwrap_or_default(), "revoked": image.is_revoked(),
     })
 }

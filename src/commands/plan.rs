@@ -16,6 +16,7 @@ use super::validate::load_or_explain;
 use crate::cli::{self, Anew};
 use crate::output::{seconds, table};
 use crate::registry::Registry;
+use crate::signing;
 
 pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
     let registry = Registry::new(&app.home, &crate::site::load()?.bases);
@@ -25,6 +26,7 @@ pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
     let base = if options.fresh { None } else { template.base.known()? };
     let plan = Plan::new(&template, base)?;
     let (store, cache, records) = (app.store()?, app.checkpoints()?, app.history()?.records(&template.name)?);
+    let cache = cache.trusting(signing::trusted(&template.trusted)?.1);
     let earlier = Earlier { cache: &cache, records: &records, image: &|record| config(&store, record), now: SystemTime::now() };
     let decision = decide(&template, &plan, &options, &earlier)?;
     let explanation = explain(&template, &plan, &options, &earlier, &decision)?;

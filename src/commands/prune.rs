@@ -1,30 +1,118 @@
 //! `kiln prune`: frees what no image needs, and what the cache holds beyond its
 //! budget. With `--cache` all that can be made again goes; what somebody uses
-//! stays in any case.
+//! stays in any case. `kiln prune ec2:REGION` does the same with AMIs: what no
+//! channel needs and nobody uses.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln_bake::explain::span;
 use kiln_cache::Listed;
+use kiln_ec2::api::retry::Pace;
+use kiln_ec2::publish::Region;
+use kiln_ec2::publish::prune::Keep;
 use kiln_model::cleanup::remove_path;
 use kiln_model::home::Home;
-use kiln_model::{Key, Result, ResultExt as _};
-use kiln_store::Keep;
+use kiln_model::reference::{Pointer, Reference};
+use kiln_model::settings::parse_duration;
+use kiln_model::{Code, Error, Key, Result, ResultExt as _};
+use kiln_store::Place;
+use kiln_store::place::images_of;
 use serde::Serialize;
 
 use super::App;
 use crate::cli::Prune;
+use crate::ec2::Target;
 use crate::image_base;
 use crate::output::{ago, bytes, seconds, table};
 
-pub(super) fn run(app: &App, arguments: &Prune) -> Result<u8> {
+pub(super) async fn run(app: &App, arguments: &Prune) -> Result<u8> {
+    match &arguments.place {
+        Some(place) => amis(app, place, arguments).await,
+        None => here(app, arguments),
+    }
+}
+
+/// The AMIs of a region.
+async fn amis(app: &App, place: &str, arguments: &Prune) -> Result<u8> {
+    let Target::Region(region) = place.parse()? else {
+        return Err(
+            Error::new(Code::Usage, format!("nothing can be pruned of `{place}`")).next("write ec2:REGION, such as ec2:eu-central-1")
+        );
+    };
+    let younger = parse_duration(&arguments.older_than).ok_or_else(|| {
+        Error::new(Code::Usage, format!("`--older-than {}` is no length of time", arguments.older_than)).next("write 7d or 12h")
+    })?;
+    let store = app.store()?;
+    let here: BTreeSet<String> = store.images(false)?.images.into_iter().map(|image| image.config.name).collect();
+    let mut needed = BTreeMap::new();
+    let mut places: Vec<(Box<dyn Place>, Vec<String>)> = vec![(Box::new(store), here.into_iter().collect())];
+    for repository in &arguments.repositories {
+        let reference: Reference = repository.parse()?;
+        if reference.registry.is_none() || reference.pointer != Pointer::Tag(None) {
+            return Err(Error::new(Code::Usage, format!("`{repository}` is no repository")).next("write HOST/NAMESPACE/NAME"));
+        }
+        places.push((app.place(&reference)?, vec![reference.name]));
+    }
+    let (mut known, mut channels) = (BTreeSet::new(), Vec::new());
+    for (place, names) in &places {
+        for name in names {
+            for channel in place.channels().list(name).await? {
+                let chain = place.channels().history(name, &channel).await?;
+                channels.push(format!("{name}@{channel} of {}", place.label()));
+                for digest in chain.recent(arguments.history.max(1)) {
+                    needed.entry(digest).or_insert_with(|| format!("{name}@{channel}"));
+                    // One that is gone there cannot be one of several architectures.
+                    let images = match images_of(&**place, &digest).await {
+                        Ok(images) => images,
+                        Err(error) if error.kind() == Code::NotFound => Vec::new(),
+                        Err(error) => return Err(error),
+                    };
+                    for image in images {
+                        known.insert(image.config.name);
+                        needed.entry(image.digest).or_insert_with(|| format!("{name}@{channel}"));
+                    }
+                }
+            }
+        }
+    }
+    match &*channels {
+        [] => app.output.reports().note("no channel is known here, so every AMI is kept; --channels-of names a repository that has some"),
+        all => app.output.reports().note(format!("what counts: {}", all.join(", "))),
+    }
+    let aws = crate::ec2::connect().await?;
+    let region = Region::new(&*aws.cloud, &region, Pace::default())?;
+    let keep = Keep { needed, known, younger, shared: !arguments.shared, now: jiff::Timestamp::now(), dry_run: arguments.dry_run };
+    let pruned = kiln_ec2::publish::prune::prune(&region, &keep, &app.output.reports()).await?;
+    app.output.result(&pruned, || drawn(&pruned));
+    Ok(0)
+}
+
+/// What was removed of a region, for people.
+fn drawn(pruned: &kiln_ec2::publish::prune::Pruned) -> String {
+    let mut rows = vec![["AMI", "IMAGE", "DECISION"].map(String::from).to_vec()];
+    rows.extend(pruned.amis.iter().map(|verdict| {
+        let decision = match (&verdict.kept, pruned.dry_run) {
+            (Some(why), _) => format!("kept: {why}"),
+            (None, true) => "would be removed".to_owned(),
+            (None, false) => "removed".to_owned(),
+        };
+        vec![verdict.ami.clone(), verdict.reference.clone(), decision]
+    }));
+    let gone = pruned.amis.iter().filter(|verdict| verdict.kept.is_none()).count();
+    let verb = if pruned.dry_run { "would remove" } else { "removed" };
+    let list = if pruned.amis.is_empty() { String::new() } else { format!("{}\n", table(&rows)) };
+    format!("{list}{verb} {gone} AMIs and {} snapshots in {}", pruned.snapshots.len(), pruned.region)
+}
+
+fn here(app: &App, arguments: &Prune) -> Result<u8> {
     let dry_run = arguments.dry_run;
     let checkpoints = app.checkpoints()?;
     // Before anything goes.
     let listed = if arguments.cache && dry_run { Some(checkpoints.list()?) } else { None };
-    let keep = Keep { bases: !arguments.cache, also: Vec::new(), dry_run };
+    let keep = kiln_store::Keep { bases: !arguments.cache, history: arguments.history, also: Vec::new(), dry_run };
     let store = app.store()?.prune(&keep)?;
     let target = if arguments.cache { None } else { Some(checkpoints.usage()?.budget) };
     let evicted = checkpoints.prune(target, dry_run)?;

@@ -8,7 +8,7 @@ use kiln_model::event::{Phase, Stream};
 use kiln_model::guest::{Command, Exit};
 use kiln_model::kind::Kind as _;
 use kiln_model::machine::{Context, Machine, Port, Start};
-use kiln_model::reference::Reference;
+use kiln_model::reference::{Pointer, Reference};
 use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
 use kiln_model::{Code, Error, Result, ResultExt as _};
 
@@ -16,6 +16,7 @@ use super::App;
 use super::bake::open_shell;
 use crate::cli::Run;
 use crate::image_base;
+use crate::network;
 use crate::output::say;
 use crate::session::with_context;
 
@@ -31,12 +32,19 @@ pub(super) async fn run(app: &App, arguments: &Run) -> Result<u8> {
         ports: arguments.ports.iter().map(|(host, guest)| Port { host: *host, guest: *guest }).collect(),
         user_data,
         checkpoints: false,
+        disk_digest: None,
     };
     let builder = builder(app, arguments)?;
     with_context(&app.home, &reports, |context| {
         let (builder, start) = (&builder, &start);
         async move {
-            let (base, _in_use) = image_base::unpack(&app.home, &app.store()?, &reference, &context).await?;
+            let store = app.store()?;
+            let allow = arguments.allow_revoked;
+            let digest = network::bring(&app.home, &store, &reference, Some(allow), &context.reports).await?;
+            image_base::refuse_revoked(&store, &reference, &digest, allow, &context.reports).await?;
+            let image = Reference { registry: None, pointer: Pointer::Digest(digest), ..reference.clone() };
+            let (base, _in_use) = image_base::unpack(&app.home, &store, &image, &context).await?;
+            let base = Base { label: reference.to_string(), ..base };
             let span = context.reports.begin(Phase::Boot, "boot");
             let machine = builder.start(&base, start, &context).await?;
             let _ = span.end(false);

@@ -14,8 +14,10 @@ use super::bake::open_shell;
 use super::plan::config;
 use super::validate::load_or_explain;
 use crate::cli::Shell;
+use crate::network;
 use crate::registry::Registry;
 use crate::session::with_context;
+use crate::signing;
 
 pub(super) async fn run(app: &App, arguments: &Shell) -> Result<u8> {
     let registry = Registry::new(&app.home, &crate::site::load()?.bases);
@@ -29,13 +31,17 @@ pub(super) async fn run(app: &App, arguments: &Shell) -> Result<u8> {
         reports.redactor().add(secret);
     }
     let store = Arc::new(app.store()?);
+    if let Some(reference) = template.base.image() {
+        network::refuse_revoked_base(&store, reference, None, arguments.allow_revoked, &reports).await?;
+    }
     let sink: Arc<dyn ImageSink> = store.clone();
-    let cache: Arc<dyn CheckpointCache> = Arc::new(app.checkpoints()?);
+    let cache: Arc<dyn CheckpointCache> = Arc::new(app.checkpoints()?.trusting(signing::trusted(&template.trusted)?.1));
     let history = app.history()?;
-    let stores = Stores { sink: &sink, cache: &cache, history: &history, image: &|record| config(&store, record) };
+    let stores = Stores { sink: &sink, cache: &cache, history: &history, image: &|record| config(&store, record), witness: None };
     let options = Options {
         resume: resume::Options { machine: true, ..resume::Options::default() },
         test: false,
+        fetch: false,
         on_failure: kiln_bake::OnFailure::Clean,
         open_shell: &|access| Box::pin(open_shell(access)),
     };
