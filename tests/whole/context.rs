@@ -161,6 +161,16 @@ impl Template {
     }
 }
 
+/// A home of its own with the base of the shared one, so that what it keeps is
+/// known.
+pub fn with_base() -> Kiln {
+    let shared = Kiln::shared();
+    shared.ok(&["bake", Template::debian("base-for-all", "").path()]);
+    let kiln = Kiln::fresh();
+    share(&shared, &kiln, "bases");
+    kiln
+}
+
 /// Gives a home a folder of the cache of the shared one.
 pub fn share(shared: &Kiln, own: &Kiln, folder: &str) {
     std::fs::create_dir_all(own.home.join("cache")).unwrap();

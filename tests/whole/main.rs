@@ -4,13 +4,20 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, clippy::needless_pass_by_value, unreachable_pub)]
 
 mod bases;
+mod channels;
 mod checkpoints;
 mod context;
+mod evidence;
 mod faults;
 mod graph;
 mod image;
+mod pipelines;
+#[path = "../pipelines/repository.rs"]
+mod repository;
+mod shared_cache;
 mod shell;
 mod steps;
 mod store;
 mod template;
+mod transfer;
 mod twins;

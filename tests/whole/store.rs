@@ -3,7 +3,7 @@
 use crate::context::{Kiln, tool};
 
 /// A raw disk with an MBR and some content.
-fn disk(kiln: &Kiln, content: u8) -> std::path::PathBuf {
+pub fn disk(kiln: &Kiln, content: u8) -> std::path::PathBuf {
     let path = kiln.home.join(format!("disk-{content}"));
     let mut bytes = vec![0; 4 << 20];
     bytes[510..512].copy_from_slice(&[0x55, 0xaa]);

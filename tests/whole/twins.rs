@@ -5,8 +5,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::checkpoints::with_base;
-use crate::context::{Kiln, Ran, Template, new_word};
+use crate::context::{Kiln, Ran, Template, new_word, with_base};
 
 #[test]
 fn two_bakes_of_the_same_at_the_same_moment_do_the_work_once() {
