@@ -41,6 +41,15 @@ def image(baked: Object) -> list[str]:
     return lines
 
 
+def outcome(test: Object) -> str:
+    failed = [case for case in test["cases"] if case["outcome"] == "failed"]
+    return f"**failed**: {len(failed)} of {len(test['cases'])}" if failed else "passed"
+
+
+def took(test: Object) -> str:
+    return "cached" if test.get("cached") else seconds(test["seconds"])
+
+
 def bake(events: Iterable[str]) -> list[str]:
     """Of a stream that may have been cut: what came counts."""
     seen: list[Object] = []
@@ -53,9 +62,9 @@ def bake(events: Iterable[str]) -> list[str]:
     for event in seen:
         if event["event"] == "baked":
             lines += image(event)
-    tests = [event for event in seen if event["event"] == "end" and event.get("phase") == "test"]
+    tests = [event for event in seen if event["event"] == "tested"]
     if tests:
-        lines += table(["test", "took"], [[test["name"], seconds(test.get("seconds", 0))] for test in tests]) + [""]
+        lines += table(["test", "result", "took"], [[test["name"], outcome(test), took(test)] for test in tests]) + [""]
     warnings = [event["message"] for event in seen if event["event"] == "warning"]
     lines += [f"- warning: {cell(text)}" for text in warnings] + ([""] if warnings else [])
     done = next((event for event in seen if event["event"] == "done"), None)

@@ -123,6 +123,7 @@ mod tests {
             commit: None,
             labels: BTreeMap::new(),
             cloud: vec![image],
+            mutable: Vec::new(),
         };
         let store = Store::open(&home.store()).unwrap();
         store.publish_as(&Publish { config: &config, disks: &[], annotations: &BTreeMap::new(), tags: &[] }).unwrap();

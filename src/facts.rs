@@ -16,7 +16,7 @@ use kiln_model::{Code, Digest, Error, Result};
 use kiln_store::place::{Held, Place};
 
 use crate::cli::Conditions;
-use crate::evidence::find;
+use crate::evidence::{find, mark};
 use crate::signing::public_key;
 
 /// A channel's policy, read and checked.
@@ -82,6 +82,7 @@ pub(crate) fn conditions(given: &Conditions) -> Result<Option<Policy>> {
         statements_by: Vec::new(),
         tests_passed: given.tests,
         hygiene_clean: given.hygiene,
+        converged: given.converged,
         source: given.source.clone(),
         max_age: given.age.as_ref().map(age).transpose()?,
         base_current: given.current_base,
@@ -111,6 +112,11 @@ impl Candidate<'_> {
     pub(crate) async fn unmet(&self, policies: &[&Policy]) -> Result<Vec<Unmet>> {
         let mut unmet: Vec<Unmet> = Vec::new();
         for image in self.images {
+            // Whatever a policy asks for: what its own tests have found wanting
+            // goes nowhere.
+            if let Some(why) = self.mark(image).await? {
+                unmet.push(Unmet { condition: "tests", why });
+            }
             for policy in policies {
                 let facts = self.facts(policy, image).await?;
                 let architecture = |mut condition: Unmet| {
@@ -124,6 +130,13 @@ impl Candidate<'_> {
         }
         unmet.dedup();
         Ok(unmet)
+    }
+
+    /// Why an image is marked as failed. What is attached to an index is about
+    /// all of its images.
+    async fn mark(&self, image: &Held) -> Result<Option<String>> {
+        let own = mark(self.place, &image.digest).await?;
+        if own.is_some() || image.digest == self.digest { Ok(own) } else { mark(self.place, &self.digest).await }
     }
 
     async fn facts(&self, policy: &Policy, image: &Held) -> Result<Facts> {

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
+use kiln_bake::trial::Unpacked;
 use kiln_model::base::{Base, BaseDisk, BaseSource, DiskFile, DiskFormat};
+use kiln_model::checkpoint::Hold;
 use kiln_model::event::Reports;
 use kiln_model::home::Home;
 use kiln_model::kind::Kind;
@@ -202,6 +204,20 @@ pub(crate) async fn unpack(home: &Home, store: &Store, reference: &Reference, co
         credentials: image.config.credentials.then_some(true),
     };
     Ok((base, lock))
+}
+
+/// Unpacks images of the store for tests.
+pub(crate) fn unpacking(home: &Home, store: &Store) -> impl Fn(Digest, Context) -> Unpacked + Send + Sync + use<> {
+    let (home, store) = (home.clone(), store.clone());
+    move |digest, context| {
+        let (home, store) = (home.clone(), store.clone());
+        Box::pin(async move {
+            let image = Reference { registry: None, name: store.image(&digest)?.config.name, pointer: Pointer::Digest(digest) };
+            let (base, lock) = unpack(&home, &store, &image, &context).await?;
+            let hold: Hold = std::sync::Arc::new(lock);
+            Ok((base, hold))
+        })
+    }
 }
 
 /// Where unpacked disks are.

@@ -1,6 +1,7 @@
 //! `kiln`: arguments, terminal, exit status.
 
 mod actor;
+mod archive;
 mod cli;
 mod commands;
 mod ec2;
@@ -9,8 +10,10 @@ mod evidence;
 mod facts;
 mod followers;
 mod image_base;
+mod manifest;
 mod network;
 mod output;
+mod rebake;
 mod registry;
 mod session;
 mod shared_cache;

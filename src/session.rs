@@ -73,7 +73,7 @@ pub(crate) async fn reap(home: &Home, reports: &Reports) -> Result<usize> {
         let mut clean = true;
         for resource in &orphan.left {
             let done = match resource {
-                Resource::Process { pid, start, .. } => kiln_disk::process::reap_process(*pid, *start).map(drop),
+                Resource::Process { pid, start, .. } => kiln_process::reap_process(*pid, *start).map(drop),
                 // A half-built base may hold files of subordinate ids.
                 Resource::Path { path } => kiln_qemu::base::remove_half_built(path.clone()).await,
                 Resource::Cloud { builder, region, resource, id } if builder == kiln_ec2::bake::EC2 => {

@@ -70,6 +70,24 @@ pub(crate) mod tests {
         problems.0.into_iter().map(|problem| format!("{} | {}", problem.message, problem.help.unwrap_or_default())).collect()
     }
 
+    /// Reads settings of a kind of test that must be right.
+    pub(crate) fn read_test(kind: &str, settings: &Node, folder: &Path) -> Box<dyn Provisioner> {
+        let mut problems = Problems::default();
+        let kind = crate::tests().into_iter().find(|k| k.name() == kind).unwrap();
+        let provisioner = kind.read(settings, folder, &mut problems);
+        assert!(problems.is_empty(), "{:?}", problems.0);
+        provisioner.unwrap()
+    }
+
+    /// Reads settings of a kind of test that must be wrong; gives messages and
+    /// helps.
+    pub(crate) fn wrong_test(kind: &str, settings: &Node, folder: &Path) -> Vec<String> {
+        let mut problems = Problems::default();
+        let kind = crate::tests().into_iter().find(|k| k.name() == kind).unwrap();
+        assert!(kind.read(settings, folder, &mut problems).is_none());
+        problems.0.into_iter().map(|problem| format!("{} | {}", problem.message, problem.help.unwrap_or_default())).collect()
+    }
+
     /// The key of a step alone.
     pub(crate) fn key(provisioner: &dyn Provisioner) -> kiln_model::Key {
         let mut hasher = kiln_model::key::KeyHasher::new("step");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln_model::event::Stream;
-use kiln_model::guest::{Command, Exit, quote};
+use kiln_model::guest::{Command, Exit, OnLine, quote};
 use kiln_model::key::KeyHasher;
 use kiln_model::kind::Kind;
 use kiln_model::provision::{Common, Provisioner, Step};
@@ -19,6 +19,8 @@ use crate::trace::{Record, complaint, place, prelude};
 
 /// Lines of standard error shown with a failure.
 const TAIL: usize = 10;
+/// What to do about a failure on the guest.
+pub(crate) const LOOK: &str = "`--on-failure shell` opens a shell on the machine where it failed";
 /// How long tidying up after a killed script may take.
 const TIDYING: Duration = Duration::from_secs(60);
 
@@ -26,7 +28,7 @@ const TIDYING: Duration = Duration::from_secs(60);
 pub(crate) struct ShellKind;
 
 /// A script and how it is run.
-struct Shell {
+pub(crate) struct Shell {
     script: Vec<u8>,
     /// The program and its arguments.
     interpreter: Vec<String>,
@@ -112,6 +114,8 @@ enum Content {
 /// What one run sees of the guest's output.
 struct Watch<'a> {
     step: &'a Step<'a>,
+    /// Sees every line, too.
+    see: OnLine<'a>,
     /// Begins what the wrapper says to us.
     mark: String,
     script: String,
@@ -144,6 +148,7 @@ impl Watch<'_> {
             }
             self.tail.push_back(line.to_owned());
         }
+        (self.see)(stream, line);
         self.step.reports.output(&self.step.common.name, stream, line);
     }
 
@@ -154,6 +159,17 @@ impl Watch<'_> {
 }
 
 impl Shell {
+    /// A script of kiln's own, in strict bash.
+    pub(crate) fn own(script: impl Into<String>) -> Self {
+        Self { script: script.into().into_bytes(), interpreter: vec!["bash".into()], strict: true, args: Vec::new() }
+    }
+
+    /// A script of kiln's own for any POSIX shell, which looks after its
+    /// failures itself.
+    pub(crate) fn plain(script: impl Into<String>) -> Self {
+        Self { script: script.into().into_bytes(), interpreter: vec!["sh".into()], strict: false, args: Vec::new() }
+    }
+
     /// The files that a run needs. What may be secret, long or binary is sent
     /// ([`Content::Sent`]) in this order; a command that writes the rest needs no
     /// program for it.
@@ -179,6 +195,51 @@ impl Shell {
         Ok(files)
     }
 
+    /// Runs it, and lets `see` have every line that it prints.
+    ///
+    /// # Errors
+    /// [`Code::Step`] when it fails, with the line that did; and those of the
+    /// guest.
+    pub(crate) async fn watched(&self, step: &Step<'_>, see: OnLine<'_>) -> Result<()> {
+        let Common { name, user, timeout, .. } = step.common;
+        let nonce = nonce();
+        let folder = format!("/run/kiln/step-{nonce}");
+        let files = self.files(&folder, step.common)?;
+        let mark = format!("kiln-{nonce} ");
+        let command = Command {
+            line: wrapper(&folder, &mark, user.as_deref(), &files),
+            stdin: files
+                .into_iter()
+                .filter_map(|(_, content)| if let Content::Sent(bytes) = content { Some(bytes) } else { None })
+                .flatten()
+                .collect(),
+            timeout: *timeout,
+        };
+        let script = format!("{folder}/script");
+        let mut watch = Watch { step, see, mark, script, records: Vec::new(), set_up: false, tail: VecDeque::new(), complaint: None };
+        match step.guest.execute(&command, &mut |stream, line| watch.line(stream, line)).await {
+            Ok(exit) if exit.success() => Ok(()),
+            Ok(exit) => Err(self.failure(&exit, &watch)),
+            Err(error) => {
+                // What was killed could not tidy up after itself.
+                if error.kind() == Code::Timeout {
+                    let line = format!("rm -rf {folder}");
+                    let _ = step.guest.execute(&Command::new(line).timeout(TIDYING), &mut |_, _| {}).await;
+                }
+                let error = match (error.kind(), timeout) {
+                    (Code::Timeout, Some(limit)) => Error::new(Code::Timeout, format!("the script took over {limit:?} and was killed"))
+                        .because(error)
+                        .next("raise its `timeout`"),
+                    _ => error,
+                };
+                Err(match watch.tail() {
+                    Some(tail) => error.detail(tail),
+                    None => error,
+                }
+                .step(name))
+            }
+        }
+    }
     fn failure(&self, exit: &Exit, watch: &Watch<'_>) -> Error {
         let Common { name, user, .. } = watch.step.common;
         let error = if watch.set_up {
@@ -207,8 +268,13 @@ impl Shell {
             Some(tail) => error.detail(tail),
             None => error,
         };
-        error.step(name).next("`--on-failure shell` opens a shell on the machine where it failed")
+        error.step(name).next(LOOK)
     }
+}
+
+/// Something that no other run has.
+pub(crate) fn nonce() -> String {
+    format!("{:016x}", std::hash::RandomState::new().build_hasher().finish())
 }
 
 /// How a script ended; a shell tells of a signal by a status above 128.
@@ -299,44 +365,7 @@ impl Provisioner for Shell {
     }
 
     async fn run(&self, step: &Step<'_>) -> Result<()> {
-        let Common { name, user, timeout, .. } = step.common;
-        let nonce = format!("{:016x}", std::hash::RandomState::new().build_hasher().finish());
-        let folder = format!("/run/kiln/step-{nonce}");
-        let files = self.files(&folder, step.common)?;
-        let mark = format!("kiln-{nonce} ");
-        let command = Command {
-            line: wrapper(&folder, &mark, user.as_deref(), &files),
-            stdin: files
-                .into_iter()
-                .filter_map(|(_, content)| if let Content::Sent(bytes) = content { Some(bytes) } else { None })
-                .flatten()
-                .collect(),
-            timeout: *timeout,
-        };
-        let script = format!("{folder}/script");
-        let mut watch = Watch { step, mark, script, records: Vec::new(), set_up: false, tail: VecDeque::new(), complaint: None };
-        match step.guest.execute(&command, &mut |stream, line| watch.line(stream, line)).await {
-            Ok(exit) if exit.success() => Ok(()),
-            Ok(exit) => Err(self.failure(&exit, &watch)),
-            Err(error) => {
-                // What was killed could not tidy up after itself.
-                if error.kind() == Code::Timeout {
-                    let line = format!("rm -rf {folder}");
-                    let _ = step.guest.execute(&Command::new(line).timeout(TIDYING), &mut |_, _| {}).await;
-                }
-                let error = match (error.kind(), timeout) {
-                    (Code::Timeout, Some(limit)) => Error::new(Code::Timeout, format!("the script took over {limit:?} and was killed"))
-                        .because(error)
-                        .next("raise its `timeout`"),
-                    _ => error,
-                };
-                Err(match watch.tail() {
-                    Some(tail) => error.detail(tail),
-                    None => error,
-                }
-                .step(name))
-            }
-        }
+        self.watched(step, &mut |_, _| {}).await
     }
 }
 

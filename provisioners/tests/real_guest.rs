@@ -47,7 +47,8 @@ async fn run_with(sshd: &Sshd, step: &dyn Provisioner, common: Common) -> (Resul
     let log = Arc::new(Log::default());
     let reports = Reports::new(log.clone(), Redactor::default());
     let common = Common { name: "step".into(), ..common };
-    let result = step.run(&Step { guest: sshd.guest().await, common: &common, reports: &reports }).await;
+    let (secrets, work) = (std::collections::BTreeMap::new(), sshd.path());
+    let result = step.run(&Step { guest: sshd.guest().await, common: &common, reports: &reports, secrets: &secrets, work }).await;
     let lines = log.0.lock().unwrap().clone();
     (result, lines)
 }

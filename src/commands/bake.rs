@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_bake::graph::{Graph, Limits, Node};
 use kiln_bake::template::Template;
+use kiln_bake::trial::Testing;
 use kiln_bake::{Options, Stores, bake, resume};
-use kiln_cache::Checkpoints;
-use kiln_evidence::PrivateKey;
+use kiln_cache::{Checkpoints, ResultFiles};
+use kiln_evidence::{PrivateKey, junit};
 use kiln_model::account::Witness;
 use kiln_model::block::ImageSink;
 use kiln_model::checkpoint::CheckpointCache;
@@ -18,16 +19,18 @@ use kiln_model::guest::SshAccess;
 use kiln_model::history::History;
 use kiln_model::home::Home;
 use kiln_model::reference::{Pointer, Reference};
+use kiln_model::trial::{Results, Trial};
 use kiln_model::{Code, Digest, Error, Result, ResultExt as _};
 use kiln_store::{Place as _, RemotePlace, Store};
 use tokio::task::JoinSet;
 
-use super::App;
 use super::plan::{again, config};
 use super::push::{as_json as push_as_json, destination, push as push_image, summary as push_summary};
 use super::validate::load_or_explain;
+use super::{App, write_result as write_file};
 use crate::cli::{Bake, OnFailure};
 use crate::evidence::Attester;
+use crate::image_base::unpacking;
 use crate::network;
 use crate::output::{Events, print, seconds, show_error};
 use crate::registry::Registry;
@@ -37,8 +40,14 @@ use crate::signing;
 
 pub(super) async fn run(app: &App, arguments: &Bake) -> Result<u8> {
     let events = app.output.events();
-    let done = bake_all(app, arguments, &events).await.unwrap_or_else(|error| Ended { images: Vec::new(), errors: vec![error] });
-    let Ended { images, errors } = done;
+    let trials = Trials::default();
+    let done = bake_all(app, arguments, &events, &trials).await;
+    let Ended { images, errors } = done.unwrap_or_else(|error| Ended { images: Vec::new(), errors: vec![error] });
+    if let Some(path) = &arguments.junit {
+        let trials = trials.lock().unwrap_or_else(PoisonError::into_inner);
+        let list: Vec<(String, &Trial)> = trials.iter().map(|(title, trial)| (title.clone(), trial)).collect();
+        write_file(path, junit::document(&list).as_bytes(), true)?;
+    }
     let event = Event::Done { v: 1, ok: errors.is_empty(), images: images.clone(), error: errors.first().map(Failure::from) };
     events.all().event(event.clone());
     if let Some(path) = &arguments.result {
@@ -52,6 +61,9 @@ pub(super) async fn run(app: &App, arguments: &Bake) -> Result<u8> {
     errors.for_each(|error| show_error(&error));
     first.map_or(Ok(0), Err)
 }
+
+/// What tests found, with what each image is called.
+type Trials = Arc<Mutex<Vec<(String, Trial)>>>;
 
 /// What came of a call.
 struct Ended {
@@ -73,6 +85,8 @@ struct Kitchen {
     cache_to: Option<(RemotePlace, PrivateKey)>,
     history: Arc<dyn History>,
     witness: Arc<dyn Witness>,
+    results: Arc<dyn Results>,
+    trials: Trials,
     test: bool,
     fetch: bool,
     on_failure: OnFailure,
@@ -120,7 +134,7 @@ struct Job {
     reports: Reports,
 }
 
-async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended> {
+async fn bake_all(app: &App, arguments: &Bake, events: &Events, trials: &Trials) -> Result<Ended> {
     for tag in &arguments.tags {
         kiln_model::reference::check_tag(tag).map_err(|why| Error::new(Code::Usage, format!("`--tag {tag}`: {why}")))?;
     }
@@ -158,7 +172,7 @@ async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended>
             return Err(error.next("name one with --sign-key, or in the site's settings with `[signing] key`"));
         }
     };
-    let witness: Arc<dyn Witness> = Arc::new(Attester::new(Store::clone(&store), key));
+    let witness: Arc<dyn Witness> = Arc::new(Attester::new(Store::clone(&store), key).remembering(&app.home));
     // One client: what a host bears is shared by all pushes.
     let registry = if push.is_some() { Some(network::client(&events.all())?) } else { None };
     let kitchen = Arc::new(Kitchen {
@@ -170,6 +184,8 @@ async fn bake_all(app: &App, arguments: &Bake, events: &Events) -> Result<Ended>
         cache_to,
         history: app.history()?,
         witness,
+        results: Arc::new(ResultFiles::new(&app.home)),
+        trials: trials.clone(),
         test: !arguments.no_test,
         fetch: arguments.fetch,
         on_failure: arguments.on_failure,
@@ -284,7 +300,7 @@ fn of_image(error: Error, title: &str) -> Error {
 }
 
 async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked> {
-    let Kitchen { home, store, sink, cache, history, witness, .. } = kitchen;
+    let Kitchen { home, store, sink, history, witness, .. } = kitchen;
     let Job { template, pinned, resume, reports } = job;
     // Before anything that was cached is used, too. A base that is not there is
     // the bake's to tell.
@@ -303,12 +319,16 @@ async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked
         open_shell: &|access| Box::pin(open_shell(access)),
     };
     let (keys, names) = signing::trusted(&template.trusted)?;
-    let local = &Arc::new(cache.trusting(names));
+    let local = Arc::new(kitchen.cache.trusting(names));
     let cache: Arc<dyn CheckpointCache> = match &kitchen.cache_from {
         None => local.clone(),
         Some(place) => Arc::new(SharedCache::new(local.clone(), place.clone(), keys, reports.clone())),
     };
-    let stores = Stores { sink, cache: &cache, history, image: &|record| config(store, record), witness: Some(witness) };
+    let (unpack, title) = (unpacking(home, store), format!("{}:{}", template.name, template.version));
+    let told = |trial: &Trial| kitchen.trials.lock().unwrap_or_else(PoisonError::into_inner).push((title.clone(), trial.clone()));
+    let testing = Some(Testing { results: &kitchen.results, unpack: &unpack, told: &told });
+    let image = |record: &_| config(store, record);
+    let stores = Stores { sink, cache: &cache, history, image: &image, witness: Some(witness), testing };
     let mut baked = within(signals.clone(), home, &reports, |context| {
         let (template, options, stores) = (&template, &options, &stores);
         async move { bake(template, options, stores, &context).await }
@@ -321,24 +341,7 @@ async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked
             reports.note(moved.to_string());
         }
     }
-    if let Some((place, key)) = &kitchen.cache_to {
-        let record = history.records(&template.name)?.into_iter().rfind(|record| record.image == baked.digest);
-        let left = within(signals.clone(), home, &reports, |context| {
-            let (template, record) = (&template, &record);
-            async move {
-                match record {
-                    Some(record) => shared_cache::leave(local, place, key, (template, record), &context).await,
-                    None => Ok(0),
-                }
-            }
-        });
-        match left.await {
-            Ok(1) => reports.note(format!("left 1 checkpoint at {}", place.label())),
-            Ok(left) => reports.note(format!("left {left} checkpoints at {}", place.label())),
-            Err(error) if matches!(error.kind(), Code::Interrupted | Code::Terminated) => return Err(error),
-            Err(error) => reports.warn(format!("checkpoints were not left at {}: {}", place.label(), error.chain())),
-        }
-    }
+    leave_checkpoints(kitchen, (&template, &baked), &local, signals.clone(), &reports).await?;
     if let Some((push, client)) = &kitchen.push {
         let to = push.of(&baked)?;
         let (sent, to) = within(signals, home, &reports, |context| {
@@ -354,6 +357,34 @@ async fn bake_one(kitchen: &Kitchen, job: Job, signals: Signals) -> Result<Baked
         baked.artifacts.push(artifact);
     }
     Ok(baked)
+}
+
+/// Leaves the checkpoints of a bake where others find them.
+async fn leave_checkpoints(
+    kitchen: &Kitchen,
+    (template, baked): (&Template, &Baked),
+    local: &Arc<Checkpoints>,
+    signals: Signals,
+    reports: &Reports,
+) -> Result<()> {
+    let Some((place, key)) = &kitchen.cache_to else { return Ok(()) };
+    let record = kitchen.history.records(&template.name)?.into_iter().rfind(|record| record.image == baked.digest);
+    let left = within(signals, &kitchen.home, reports, |context| {
+        let record = &record;
+        async move {
+            match record {
+                Some(record) => shared_cache::leave(local, place, key, (template, record), &context).await,
+                None => Ok(0),
+            }
+        }
+    });
+    match left.await {
+        Ok(1) => reports.note(format!("left 1 checkpoint at {}", place.label())),
+        Ok(left) => reports.note(format!("left {left} checkpoints at {}", place.label())),
+        Err(error) if matches!(error.kind(), Code::Interrupted | Code::Terminated) => return Err(error),
+        Err(error) => reports.warn(format!("checkpoints were not left at {}: {}", place.label(), error.chain())),
+    }
+    Ok(())
 }
 
 /// An interactive `ssh` on the terminal of this process; what comes through a

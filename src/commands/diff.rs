@@ -47,7 +47,7 @@ pub(super) async fn run(app: &App, arguments: &Diff) -> Result<u8> {
     Ok(status)
 }
 
-fn some_files(files: Option<&DiskFiles>) -> Option<&dyn Files> {
+pub(super) fn some_files(files: Option<&DiskFiles>) -> Option<&dyn Files> {
     files.map(|files| files as &dyn Files)
 }
 
@@ -69,7 +69,7 @@ fn without_noise(found: &mut Difference) {
     }
 }
 
-fn side(store: &Store, listing: &Listing, image: &Image, reference: &str) -> Result<Side> {
+pub(super) fn side(store: &Store, listing: &Listing, image: &Image, reference: &str) -> Result<Side> {
     let mut used = 0;
     for disk in &image.config.disks {
         used += store.disk(image, &disk.name)?.used;

@@ -31,6 +31,7 @@ pub(super) async fn run(app: &App, arguments: &Import) -> Result<u8> {
         commit: None,
         labels: arguments.labels.iter().cloned().collect(),
         cloud: Vec::new(),
+        mutable: Vec::new(),
     };
     let store = app.store()?;
     let (named, record) = with_context(&app.home, &app.output.reports(), |context| {

@@ -1,16 +1,18 @@
 //! `kiln inspect`: what an image is made of.
 
+use kiln_evidence::attachment::UNSIGNED_PREDICATE_TYPE;
+use kiln_evidence::bundle::PREDICATE_TYPE;
 use kiln_model::Result;
 use kiln_model::image::{BLOCK_MAP, PACK};
 use kiln_model::reference::Reference;
 use serde_json::json;
 
 use super::App;
-use super::images::{as_json, heads};
+use super::images::{as_json, heads, mark};
 use crate::cli::Inspect;
 use crate::output::{bytes, table};
 
-pub(super) fn run(app: &App, arguments: &Inspect) -> Result<u8> {
+pub(super) async fn run(app: &App, arguments: &Inspect) -> Result<u8> {
     let reference: Reference = arguments.reference.parse()?;
     let store = app.store()?;
     let image = store.image(&store.resolve(&reference)?)?;
@@ -19,7 +21,8 @@ pub(super) fn run(app: &App, arguments: &Inspect) -> Result<u8> {
     let packed: u64 = packs.iter().map(|pack| pack.size).sum();
 
     let heads = heads(&store);
-    let mut value = as_json(&image, &heads);
+    let failed = mark(&store, &image).await?;
+    let mut value = as_json(&image, &heads, failed.as_ref());
     if let Some(object) = value.as_object_mut() {
         object.insert("firmware".into(), json!(config.firmware));
         object.insert("disks".into(), json!(config.disks));
@@ -46,6 +49,9 @@ pub(super) fn run(app: &App, arguments: &Inspect) -> Result<u8> {
         if image.is_revoked() {
             row("revoked", "yes".to_owned());
         }
+        if let Some(why) = &failed {
+            row("failed", why.clone());
+        }
         row("created", image.created().unwrap_or("-").to_owned());
         row("architecture", config.architecture.clone());
         for disk in &config.disks {
@@ -67,7 +73,10 @@ pub(super) fn run(app: &App, arguments: &Inspect) -> Result<u8> {
             row(&format!("step {}", number + 1), format!("{}  key {}", step.name, step.key.short()));
         }
         for attached in &image.attached {
-            row("attached", format!("{}  {}", attached.digest, attached.artifact_type));
+            // What a statement is about is said beside its form.
+            let about = [PREDICATE_TYPE, UNSIGNED_PREDICATE_TYPE].iter().find_map(|key| attached.annotations.get(*key));
+            let about = about.map(|about| format!("  {about}")).unwrap_or_default();
+            row("attached", format!("{}  {}{about}", attached.digest, attached.artifact_type));
         }
         let maps = image.manifest.layers.iter().filter(|layer| layer.media_type == BLOCK_MAP).count();
         row("stored as", format!("{} packs, {}; {maps} block map{}", packs.len(), bytes(packed), if maps == 1 { "" } else { "s" }));

@@ -1,10 +1,12 @@
 //! One file per command.
 
+mod age;
 mod bake;
 mod completions;
 mod copy;
 mod diff;
 mod doctor;
+mod drift;
 mod export;
 mod history;
 mod images;
@@ -22,6 +24,7 @@ mod publish;
 mod pull;
 mod push;
 mod reap;
+pub(crate) mod rebake;
 mod revoke;
 mod rollback;
 mod run;
@@ -30,6 +33,7 @@ pub(crate) mod sbom;
 mod shell;
 mod sign;
 mod tag;
+mod test;
 mod validate;
 mod verify;
 
@@ -127,11 +131,13 @@ async fn dispatch(app: &App, command: Command) -> Result<u8> {
         Command::Validate(arguments) => validate::run(app, &arguments),
         Command::Plan(arguments) => plan::run(app, &arguments),
         Command::Bake(arguments) => bake::run(app, &arguments).await,
+        Command::Test(arguments) => test::run(app, &arguments).await,
         Command::Run(arguments) => run::run(app, &arguments).await,
         Command::Shell(arguments) => shell::run(app, &arguments).await,
-        Command::Images(arguments) => images::run(app, &arguments),
-        Command::Inspect(arguments) => inspect::run(app, &arguments),
+        Command::Images(arguments) => images::run(app, &arguments).await,
+        Command::Inspect(arguments) => inspect::run(app, &arguments).await,
         Command::Diff(arguments) => diff::run(app, &arguments).await,
+        Command::Drift(arguments) => drift::run(app, &arguments).await,
         Command::Tag(arguments) => tag::tag(app, &arguments),
         Command::Untag(arguments) => tag::untag(app, &arguments),
         Command::Push(arguments) => push::run(app, &arguments).await,
@@ -151,6 +157,8 @@ async fn dispatch(app: &App, command: Command) -> Result<u8> {
         Command::Keygen(arguments) => keygen::run(app, &arguments),
         Command::Sign(arguments) => sign::run(app, &arguments).await,
         Command::Verify(arguments) => verify::run(app, &arguments).await,
+        Command::Rebake(arguments) => rebake::run(app, &arguments).await,
+        Command::Age(arguments) => age::run(app, &arguments).await,
         Command::Prune(arguments) => prune::run(app, &arguments).await,
         Command::Reap(arguments) => reap::run(app, &arguments).await,
         Command::Doctor(arguments) => doctor::run(app, &arguments).await,

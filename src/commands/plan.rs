@@ -6,9 +6,11 @@ use kiln_bake::explain::{Estimate, Explanation, Line, Origin, explain, span};
 use kiln_bake::plan::Plan;
 use kiln_bake::resume::{self, Earlier, decide};
 use kiln_bake::template::Template;
+use kiln_cache::ResultFiles;
 use kiln_model::history::Record;
 use kiln_model::image::Config;
-use kiln_model::{Code, Result};
+use kiln_model::trial::Results as _;
+use kiln_model::{Code, Digest, Key, Result};
 use kiln_store::Store;
 
 use super::App;
@@ -27,7 +29,10 @@ pub(super) fn run(app: &App, arguments: &cli::Plan) -> Result<u8> {
     let plan = Plan::new(&template, base)?;
     let (store, cache, records) = (app.store()?, app.checkpoints()?, app.history()?.records(&template.name)?);
     let cache = cache.trusting(signing::trusted(&template.trusted)?.1);
-    let earlier = Earlier { cache: &cache, records: &records, image: &|record| config(&store, record), now: SystemTime::now() };
+    let results = ResultFiles::new(&app.home);
+    let passed = |disk: &Digest, test: &Key| results.passed(disk, test).map(|tested| tested.is_some());
+    let image = |record: &Record| config(&store, record);
+    let earlier = Earlier { cache: &cache, records: &records, image: &image, passed: &passed, now: SystemTime::now() };
     let decision = decide(&template, &plan, &options, &earlier)?;
     let explanation = explain(&template, &plan, &options, &earlier, &decision)?;
     app.output.result(&explanation, || draw(&explanation));
@@ -94,7 +99,6 @@ fn total(Estimate { seconds: known, complete }: Estimate) -> String {
 #[cfg(test)]
 mod tests {
     use kiln_bake::explain::{BaseLine, Cause, Changes, Reason, Since, Start, StepLine};
-    use kiln_model::Digest;
 
     use super::*;
 

@@ -25,8 +25,8 @@ use serde::Serialize;
 use super::App;
 use crate::cli::Prune;
 use crate::ec2::Target;
-use crate::image_base;
 use crate::output::{ago, bytes, seconds, table};
+use crate::{archive, image_base};
 
 pub(super) async fn run(app: &App, arguments: &Prune) -> Result<u8> {
     match &arguments.place {
@@ -117,12 +117,16 @@ fn here(app: &App, arguments: &Prune) -> Result<u8> {
     let target = if arguments.cache { None } else { Some(checkpoints.usage()?.budget) };
     let evicted = checkpoints.prune(target, dry_run)?;
     let made = if arguments.cache { kiln_qemu::base::prune(&app.home.cache(), dry_run)? } else { Default::default() };
+    if arguments.cache && !dry_run {
+        // Small, and made again by the next bake.
+        drop(std::fs::remove_file(crate::manifest::cache(&app.home)));
+    }
     let cache = Cache {
         checkpoints: Evicted { count: evicted.checkpoints, bytes: evicted.bytes },
         // They can be made from the store at any time.
         disks: unpacked_disks(&app.home, dry_run)?,
         bases: made.bases,
-        downloads: made.downloads,
+        downloads: made.downloads + if arguments.cache { archive::prune(&app.home, dry_run)? } else { 0 },
     };
     let now = SystemTime::now();
     let freed = Freed {

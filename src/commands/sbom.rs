@@ -88,7 +88,7 @@ fn artifact(document: &Document) -> Artifact {
 ///
 /// # Errors
 /// When the disk or a package database is damaged, or it cannot be written.
-pub(crate) fn attach_once(store: &Store, digest: &Digest) -> Result<Option<Digest>> {
+pub(crate) fn attach_once(store: &Store, digest: &Digest, pool: &Pool) -> Result<Option<Digest>> {
     let kinds = [Format::Spdx, Format::CycloneDx].map(Format::media_type);
     if store.attached(digest)?.iter().any(|attached| kinds.contains(&attached.artifact_type.as_str())) {
         return Ok(None);
@@ -97,7 +97,7 @@ pub(crate) fn attach_once(store: &Store, digest: &Digest) -> Result<Option<Diges
     if image.disk_digest().is_none() {
         return Ok(None);
     }
-    let Some(files) = files(store, digest, &Pool::default())? else { return Ok(None) };
+    let Some(files) = files(store, digest, pool)? else { return Ok(None) };
     let document = kiln_contents::sbom(&files, &facts(&image), Format::Spdx)?;
     store.attach(digest, &artifact(&document)).map(Some)
 }

@@ -37,7 +37,8 @@ pub(super) async fn run(app: &App, arguments: &Shell) -> Result<u8> {
     let sink: Arc<dyn ImageSink> = store.clone();
     let cache: Arc<dyn CheckpointCache> = Arc::new(app.checkpoints()?.trusting(signing::trusted(&template.trusted)?.1));
     let history = app.history()?;
-    let stores = Stores { sink: &sink, cache: &cache, history: &history, image: &|record| config(&store, record), witness: None };
+    let image = |record: &_| config(&store, record);
+    let stores = Stores { sink: &sink, cache: &cache, history: &history, image: &image, witness: None, testing: None };
     let options = Options {
         resume: resume::Options { machine: true, ..resume::Options::default() },
         test: false,

@@ -47,12 +47,12 @@ pub(crate) fn load_or_explain(path: &Path, variables: &Variables, registry: &Reg
     }
 }
 
-fn summary(mistakes: &Mistakes) -> Error {
+pub(super) fn summary(mistakes: &Mistakes) -> Error {
     let list: Vec<_> = mistakes.problems.0.iter().map(|problem| problem.message.clone()).collect();
     Error::new(Code::Usage, format!("the template has mistakes: {}", list.join("; "))).next("mend the template; `kiln validate` checks it")
 }
 
-fn inputs(variables: &Variables) -> Inputs {
+pub(super) fn inputs(variables: &Variables) -> Inputs {
     Inputs {
         vars: variables.vars.clone(),
         var_files: variables.var_files.clone(),

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use kiln_model::event::{Event, Phase};
+use kiln_model::trial::Tested;
 
 use super::{Sink, bytes, say, seconds};
 
@@ -67,12 +68,21 @@ impl Sink for Plain {
                 say(&format!("{} {}", title(phase, &name), ended(cached, age_seconds, took)));
             }
             Event::Note { message } => say(&message),
-            Event::Warning { .. } | Event::Done { .. } => {}
+            Event::Warning { .. } | Event::Done { .. } | Event::Failed { .. } => {}
+            Event::Tested(test) => failures(&test).iter().for_each(|line| say(line)),
             Event::Baked(image) => {
                 say(&format!("baked {}:{} {} in {}", image.name, image.version, image.digest, seconds(image.seconds)));
             }
         }
     }
+}
+
+/// What of a test went wrong, in front of people, a line or more each.
+pub(super) fn failures(test: &Tested) -> Vec<String> {
+    let failed = test.failures().count();
+    let count = format!("test {} failed: {failed} of {}", test.name, test.cases.len());
+    let lines = test.failures().map(|(case, why)| format!("  {}: {}", case.name, why.replace('\n', "\n    ")));
+    if failed == 0 { Vec::new() } else { std::iter::once(count).chain(lines).collect() }
 }
 
 /// How a phase ended, in front of people: `done (3.2 s)`, `cached, 6 d old`.

@@ -5,9 +5,9 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use kiln_model::event::Event;
+use kiln_model::event::{Event, Phase};
 
-use super::plain::{ended, title};
+use super::plain::{ended, failures, title};
 use super::{Sink, seconds};
 
 /// Draws events on standard error.
@@ -106,6 +106,13 @@ impl Sink for Terminal {
                 image.digest,
                 dim(&format!("in {}", seconds(image.seconds)))
             )),
+            Event::Tested(test) => {
+                if let Some(bar) = state.phases.remove(&of(&title(Phase::Test, &test.name))) {
+                    bar.finish_and_clear();
+                }
+                failures(&test).iter().for_each(|line| show(&console::style(line).red().for_stderr().to_string()));
+            }
+            Event::Failed { .. } => {}
             Event::Done { .. } => {
                 for (_, bar) in state.phases.drain() {
                     bar.finish_and_clear();

@@ -354,7 +354,8 @@ fn nginx_and_the_same_with_another_page() {
     let cloud = Cloud::start();
     let shared = Kiln::with_nginx();
     let template = concat!(env!("CARGO_MANIFEST_DIR"), "/templates/debian-nginx");
-    let text = std::fs::read_to_string(format!("{template}/kiln.toml")).unwrap().replace("name = \"debian-nginx\"", "name = \"another-page\"");
+    let text =
+        std::fs::read_to_string(format!("{template}/kiln.toml")).unwrap().replace("name = \"debian-nginx\"", "name = \"another-page\"");
     // Its test would boot it once more, and is not what this is about.
     let copy = Template::new(text.split("[[test]]").next().unwrap());
     // Of another name, since other tests take the newest debian-nginx; and

@@ -100,6 +100,7 @@ fn a_disk_that_does_not_boot_shows_its_console_and_a_screenshot() {
 }
 
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn a_disk_from_elsewhere_is_reached_through_its_cloud_init() {
     // The exported image is, without kiln's knowledge of it, any cloud image.
     let kiln = Kiln::with_nginx();

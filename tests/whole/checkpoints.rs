@@ -153,6 +153,7 @@ fn an_edit_runs_what_is_new_on_a_machine_that_is_no_twin() {
 }
 
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn a_damaged_checkpoint_is_noticed_and_made_again() {
     let kiln = with_base();
     kiln.ok(&["bake", template("damaged", "true").path(), "--json"]);

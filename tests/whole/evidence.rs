@@ -305,7 +305,7 @@ fn a_bake_accounts_for_its_image() {
     let what = |found: &Value| -> Vec<String> {
         found["evidence"].as_array().unwrap().iter().map(|piece| piece["what"].as_str().unwrap().to_owned()).collect()
     };
-    let all = ["provenance", "tests passed", "hygiene clean", "signature (cosign tag)", "signature (bundle)", "SBOM (SPDX)"];
+    let all = ["provenance", "tests passed", "hygiene clean", "signature (cosign tag)", "signature (bundle)", "SBOM (SPDX)", "manifest"];
     assert_eq!(what(&found), all);
     assert!(found["evidence"].as_array().unwrap().iter().all(|piece| piece["ok"] == true), "{found:#}");
 

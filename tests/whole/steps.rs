@@ -118,11 +118,3 @@ fn what_a_step_put_there_is_not_silently_removed() {
     kiln.run(&["bake", template.path()]).fails(1, &["step `keys` put /root/.ssh/authorized_keys", "keep = [\"/root/.ssh\"]"]);
     kiln.run(&["inspect", "lockout"]).fails(1, &[]);
 }
-
-#[test]
-fn a_failed_test_stores_nothing_and_exits_3() {
-    let kiln = Kiln::shared();
-    let template = Template::debian("untested", "[[provision]]\nshell = 'true'\n[[test]]\nname = \"no\"\nshell = 'echo looking; false'\n");
-    kiln.run(&["bake", template.path()]).fails(3, &["looking", "no"]);
-    kiln.run(&["inspect", "untested"]).fails(1, &[]);
-}

@@ -10,9 +10,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use kiln_disk::process;
 use kiln_model::cleanup::Scope;
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use kiln_process as process;
 use serde_json::json;
 
 use crate::settings::Accelerator;

@@ -24,13 +24,13 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use kiln_disk::process;
 use kiln_model::base::Base;
 use kiln_model::checkpoint::{Checkpoint, KeptFile, Slot, Written};
 use kiln_model::guest::Command;
 use kiln_model::key::KeyHasher;
 use kiln_model::machine::{Context, Machine as _, Portable, Start};
 use kiln_model::{Code, Error, Key, Result, ResultExt as _};
+use kiln_process as process;
 use kiln_ssh::SshGuest;
 use serde::{Deserialize, Serialize};
 

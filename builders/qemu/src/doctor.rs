@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use kiln_disk::process;
 use kiln_model::Result;
 use kiln_model::machine::Context;
+use kiln_process as process;
 
 use crate::accelerator;
 use crate::settings::{Accelerator, Settings};

@@ -25,7 +25,7 @@
 //!
 //! **Nothing outlives the bake.** QEMU is in the ledger before it is started,
 //! leads its own process group, and is killed by the kernel should kiln die
-//! ([`kiln_disk::process`]).
+//! ([`kiln_process`]).
 //!
 //! A guest that ends by itself is paused, not gone: the screen can still be
 //! looked at when kiln tells what happened. Stopping well means that QEMU closes

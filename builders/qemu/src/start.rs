@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use kiln_disk::gpt::{self, Grown};
 use kiln_disk::nbd::{Access, Export};
-use kiln_disk::process;
 use kiln_model::base::{Base, DiskFile};
 use kiln_model::guest::{Command, Guest, GuestExt as _};
 use kiln_model::machine::{Context, Start};
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use kiln_process as process;
 use kiln_ssh::{Keys, SshGuest, Target};
 
 use crate::accelerator::Chosen;

@@ -7,10 +7,10 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kiln_disk::process::{self, Child};
 use kiln_model::cleanup::{Scope, Ticket};
 use kiln_model::secret::Redactor;
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use kiln_process::{self as process, Child};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 

@@ -27,7 +27,7 @@ pub const SSHD_DROP_IN: &str = "/etc/ssh/sshd_config.d/00-kiln.conf";
 
 /// What the drop-in says. sshd takes the first value of an option, and reads
 /// its drop-ins first, in order of name.
-const SSHD: &str = "HostKey /run/kiln/ssh_host_ed25519_key\n\
+pub const SSHD: &str = "HostKey /run/kiln/ssh_host_ed25519_key\n\
     AuthorizedKeysFile .ssh/authorized_keys /run/kiln/authorized_keys\n\
     PermitRootLogin prohibit-password\n\
     PubkeyAuthentication yes\n\

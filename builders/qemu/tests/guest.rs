@@ -194,7 +194,7 @@ async fn ends_that_nobody_asked_for() {
 
     let machine = bake.start(&base, &Start::default()).await;
     let pid = qemu_pid(&bake);
-    assert!(kiln_disk::process::reap_process(pid, kiln_disk::process::start_time(pid).unwrap()).unwrap());
+    assert!(kiln_process::reap_process(pid, kiln_process::start_time(pid).unwrap()).unwrap());
     let error = tokio::time::timeout(MINUTES, machine.ended()).await.unwrap();
     assert_eq!((error.kind(), error.to_string().as_str()), (Code::MachineEnded, "QEMU ended unexpectedly (killed by SIGKILL)"));
     machine.kill().await;
@@ -218,9 +218,9 @@ async fn a_disk_that_stays_boots_by_the_words_that_are_printed() {
     let words = machine.keep().await.unwrap();
     eprintln!("{words}");
     let line = |begin: &str| words.lines().find_map(|line| line.strip_prefix(begin)).unwrap().trim().to_owned();
-    let mut boot = kiln_disk::process::piped("sh");
+    let mut boot = kiln_process::piped("sh");
     boot.args(["-c", &line("boot it:")]);
-    let qemu = kiln_disk::process::spawn(boot, "the printed command", Vec::new()).unwrap();
+    let qemu = kiln_process::spawn(boot, "the printed command", Vec::new()).unwrap();
     let drain = qemu.take_stdout().unwrap();
     std::thread::spawn(move || std::io::copy(&mut { drain }, &mut std::io::sink()));
     let limit = Instant::now() + MINUTES * 2;

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use kiln_model::Result;
-use kiln_model::account::{Account, Hygiene, Input, Source, StepAccount, Tests, Witness};
+use kiln_model::account::{Account, Hygiene, Input, Source, StepAccount, Witness};
 use kiln_model::history::Record;
 use kiln_model::machine::Context;
+use kiln_model::trial::Trial;
 
 use crate::bake::since_1970;
 use crate::plan::{Plan, SEAL_VERSION};
@@ -40,9 +41,16 @@ impl<'a> Teller<'a> {
 
     /// Tells how the image of `record` came to be, or that this bake would have
     /// made it.
-    pub(crate) async fn tell(self, template: &Template, plan: &Plan, record: &Record, context: &Context) -> Result<()> {
+    pub(crate) async fn tell(
+        self,
+        template: &Template,
+        plan: &Plan,
+        record: &Record,
+        trial: Option<&Trial>,
+        context: &Context,
+    ) -> Result<()> {
         let Some(witness) = self.witness else { return Ok(()) };
-        let account = self.account(template, plan, record, context);
+        let account = Account { tests: trial.cloned(), ..self.account(template, plan, record, context) };
         witness.attest(&account).await.map_err(|error| {
             error.next(format!(
                 "{}:{} itself is in the store; the same bake again attaches what is missing",
@@ -62,8 +70,9 @@ impl<'a> Teller<'a> {
             cached: record.bake != context.bake || step.made < self.started,
             made: step.made,
             seconds: step.seconds,
+            // Also of a step from the cache: the setting is part of its key.
+            converged: plan.steps.get(at).is_some_and(|planned| planned.converges),
         });
-        let tested = record.tests.filter(|key| plan.tests == Some(*key));
         let rules: BTreeSet<&str> = seal::rules().collect();
         Account {
             bake: context.bake.clone(),
@@ -83,7 +92,7 @@ impl<'a> Teller<'a> {
             builder: template.builder_name.clone(),
             steps: steps.collect(),
             seal: record.seal,
-            tests: tested.map(|key| Tests { key, names: template.tests.iter().map(|test| test.common.name.clone()).collect() }),
+            tests: None,
             hygiene: record.checked.map(|checked| Hygiene {
                 checked,
                 seal_version: SEAL_VERSION.to_owned(),

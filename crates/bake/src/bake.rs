@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_model::account::Witness;
 use kiln_model::base::{Base, BaseDisk};
-use kiln_model::block::ImageSink;
+use kiln_model::block::{ImageSink, Published};
 use kiln_model::checkpoint::{Checkpoint, CheckpointCache, Hold};
 use kiln_model::cleanup::Ticket;
 use kiln_model::event::{Baked, Event, Phase, StepReport};
@@ -17,14 +17,16 @@ use kiln_model::guest::SshAccess;
 use kiln_model::history::{History, Record, StepRecord};
 use kiln_model::image::{self, CloudImage, Config, DiskConfig, DiskRecord, StepConfig};
 use kiln_model::machine::{Context, Machine, Naming, Start, Stopped};
+use kiln_model::trial::Trial;
 use kiln_model::{Code, Digest, Error, Key, Result};
 
 use crate::account::Teller;
 use crate::keep::{self, Keeper};
 use crate::plan::Plan;
-use crate::resume::{Decision, Earlier, Found, Point, Reuse};
+use crate::resume::{Decision, Earlier, Point, Reuse};
 use crate::seal::{self, Seal, Traces};
 use crate::template::Template;
+use crate::trial::{self, Testing};
 use crate::{explain, resume, step};
 
 /// What to do with the machine when a step fails.
@@ -71,6 +73,8 @@ pub struct Stores<'a> {
     pub image: FindImage<'a>,
     /// Told of every image that was baked, or found to be there.
     pub witness: Option<&'a Arc<dyn Witness>>,
+    /// What tests need. None: none are run.
+    pub testing: Option<Testing<'a>>,
 }
 
 /// Bakes `template` into the stores.
@@ -80,6 +84,7 @@ pub struct Stores<'a> {
 ///
 /// # Errors
 /// The first one, naming the step; the store then holds no trace of the bake.
+/// With [`Code::Test`] it holds the image, without a name and marked as failed.
 pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_>, context: &Context) -> Result<Baked> {
     let began = Instant::now();
     context.reports.event(Event::Started {
@@ -107,8 +112,11 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         decided.reasons.clear();
     }
     if let Reuse::Image(found) = &decided.decision.reuse {
-        let baked = reuse_image(template, plan, &decided, found, stores, context, began)?;
-        teller.tell(template, plan, &found.record, context).await?;
+        let trial = trial::test_found(template, &decided.reasons, found, options.test, stores, context).await?;
+        let record = trial::tested(template, plan, &found.record, trial.as_ref(), stores)?;
+        teller.tell(template, plan, &record, trial.as_ref(), context).await?;
+        trial::refuse_failed(template, &record, trial.as_ref(), context)?;
+        let baked = reuse_image(template, plan, &decided, &record, stores, context, began)?;
         context.reports.event(Event::Baked(baked.clone()));
         return Ok(baked);
     }
@@ -121,7 +129,8 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
     let (mut stopped, checked) = stop_and_check(machine, &template.keep, context).await?;
 
     let captured = capture(template, options, &mut *stopped, base, base_record.as_ref(), stores.sink, context).await?;
-    let Captured { record, cloud, test_seconds } = captured;
+    let Captured { record, cloud, trial } = captured;
+    let test_seconds = trial.as_ref().ok().and_then(Option::as_ref).map_or(0.0, |trial| trial.seconds);
     let seal_seconds = sealing.elapsed().as_secs_f64() - test_seconds;
 
     let config = config(template, &steps, base, *base_digest, record.as_ref(), &cloud);
@@ -135,12 +144,14 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         at_cloud.finish().await?;
         tickets = at_cloud.tickets();
     }
-    let digest = publish(stores.sink, config, record, annotations, tickets, context).await?;
+    // What failed, or nobody could test, gets no name.
+    let passed = trial.as_ref().is_ok_and(|trial| trial.as_ref().is_none_or(|trial| !trial.failed()));
+    let digest = publish(stores.sink, config, record, annotations, tickets, passed, context).await?;
     if let Some(at_cloud) = stopped.at_cloud() {
         at_cloud.recorded(&digest).await;
     }
     keeper.finish().await;
-    let tested = options.test && !template.tests.is_empty();
+    let ran = matches!(&trial, Ok(Some(_)));
     let record = Record {
         bake: context.bake.clone(),
         name: template.name.clone(),
@@ -155,7 +166,7 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         seal_parts: plan.seal_parts.clone(),
         seal_seconds,
         checked: Some(checked),
-        tests: plan.tests.filter(|_| tested),
+        tests: plan.tests.filter(|_| ran && passed),
         test_seconds,
         image: digest,
         disk: disk_digest,
@@ -163,7 +174,19 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         base_at_cloud: matches!(base.disk, BaseDisk::Cloud(_)),
     };
     stores.history.add(&record)?;
-    teller.tell(template, plan, &record, context).await?;
+    let (trial, error) = match trial {
+        Ok(trial) => (trial, None),
+        Err(error) => (None, Some(error)),
+    };
+    if let (Some(trial), Some(testing), Some(disk)) = (&trial, &stores.testing, record.tested_disk()) {
+        trial.tests.iter().try_for_each(|tested| testing.results.keep(&disk, tested))?;
+        (testing.told)(trial);
+    }
+    teller.tell(template, plan, &record, trial.as_ref(), context).await?;
+    if let Some(error) = error {
+        return Err(error.next(format!("the image is in the store, untested: {}@{digest}; the same bake again tests it", template.name)));
+    }
+    trial::refuse_failed(template, &record, trial.as_ref(), context)?;
 
     let baked = Baked {
         name: template.name.clone(),
@@ -268,9 +291,13 @@ fn decide(template: &Template, plan: &Plan, options: &Options<'_>, stores: &Stor
 /// As [`decide`], with other wishes than the user's for what is done anew.
 fn decide_with(template: &Template, plan: &Plan, anew: &resume::Options, options: &Options<'_>, stores: &Stores<'_>) -> Result<Decided> {
     let records = stores.history.records(&template.name)?;
-    let earlier = Earlier { cache: &**stores.cache, records: &records, image: &stores.image, now: SystemTime::now() };
-    let wanted = resume::Options { untested: !options.test, ..anew.clone() };
-    let decision = resume::decide(template, plan, &wanted, &earlier)?;
+    let passed = |disk: &Digest, test: &Key| match &stores.testing {
+        Some(testing) => Ok(testing.results.passed(disk, test)?.is_some()),
+        None => Ok(false),
+    };
+    let now = SystemTime::now();
+    let earlier = Earlier { cache: &**stores.cache, records: &records, image: &stores.image, passed: &passed, now };
+    let decision = resume::decide(template, plan, anew, &earlier)?;
     // Without a step that runs they would be those of the seal.
     let reasons = if options.resume.machine && decision.done() == plan.steps.len() {
         Vec::new()
@@ -313,12 +340,11 @@ fn reuse_image(
     template: &Template,
     plan: &Plan,
     decided: &Decided,
-    found: &Found,
+    record: &Record,
     stores: &Stores<'_>,
     context: &Context,
     began: Instant,
 ) -> Result<Baked> {
-    let record = &found.record;
     let mut steps = Vec::with_capacity(plan.steps.len());
     for (spec, planned) in template.steps.iter().zip(&plan.steps) {
         context.reports.cached(Phase::Step, &spec.common.name, age_of(&decided.records, planned.key));
@@ -646,7 +672,8 @@ struct Captured {
     record: Option<DiskRecord>,
     /// Its images at a cloud.
     cloud: Vec<CloudImage>,
-    test_seconds: f64,
+    /// What its tests found; none were run, or could not be carried out.
+    trial: Result<Option<Trial>>,
 }
 
 /// Captures a stopped machine where its disk is, and tests what was captured.
@@ -661,11 +688,11 @@ async fn capture(
 ) -> Result<Captured> {
     if let Some(disk) = stopped.disk() {
         // Both only read the stopped disk, so they need not wait for each other.
-        let (record, test_seconds) = tokio::try_join!(
+        let (record, trial) = tokio::join!(
             snapshot(template, &*stopped, base_record, sink, context),
-            test(template, options.test, disk.into(), base, context)
-        )?;
-        return Ok(Captured { record: Some(record), cloud: Vec::new(), test_seconds });
+            trial::test_new(template, options.test, disk.into(), base, context)
+        );
+        return Ok(Captured { record: Some(record?), cloud: Vec::new(), trial });
     }
     let naming = Naming {
         name: template.name.clone(),
@@ -677,11 +704,15 @@ async fn capture(
     let span = context.reports.begin(Phase::Snapshot, "capture");
     let image = stopped.at_cloud().ok_or_else(nowhere)?.capture(&naming).await?;
     let _ = span.end(false);
-    // What fails its tests goes nowhere else.
-    let test_seconds = test(template, options.test, BaseDisk::Cloud(vec![image]), base, context).await?;
+    let trial = trial::test_new(template, options.test, BaseDisk::Cloud(vec![image]), base, context).await?;
+    // What fails its tests goes nowhere else, and costs nothing any more.
+    if let Some(trial) = trial.as_ref().filter(|trial| trial.failed()) {
+        let next = "the image was removed from its cloud; mend the step or the test, or bake with --no-test";
+        return Err(trial::failure(&format!("{}:{}", template.name, template.version), trial, next));
+    }
     let cloud = stopped.at_cloud().ok_or_else(nowhere)?.spread().await?;
     let record = if options.fetch { Some(snapshot(template, &*stopped, base_record, sink, context).await?) } else { None };
-    Ok(Captured { record, cloud, test_seconds })
+    Ok(Captured { record, cloud, trial: Ok(trial) })
 }
 
 async fn snapshot(
@@ -706,29 +737,6 @@ async fn snapshot(
     Ok(record)
 }
 
-/// Runs the template's tests on a throwaway machine from the captured disk.
-/// Gives the seconds that took, the boot included.
-async fn test(template: &Template, wanted: bool, disk: BaseDisk, base: &Base, context: &Context) -> Result<f64> {
-    if !wanted || template.tests.is_empty() {
-        return Ok(0.0);
-    }
-    let began = Instant::now();
-    let image = Base { label: format!("{} {}", template.name, template.version), disk, ..base.clone() };
-    let machine = boot(template, &image, Start::default(), context).await?;
-    crate::settle(&*machine.guest()).await?;
-    for spec in &template.tests {
-        let span = context.reports.begin(Phase::Test, &spec.common.name);
-        if let Err(error) = step::run(&*machine, spec, &template.secrets, context).await {
-            machine.kill().await;
-            let code = if error.kind() == Code::Step { Code::Test } else { error.kind() };
-            return Err(error.code(code).next("the image was not stored; mend the step or the test, or bake with --no-test"));
-        }
-        let _ = span.end(false);
-    }
-    machine.kill().await;
-    Ok(began.elapsed().as_secs_f64())
-}
-
 fn config(
     template: &Template,
     steps: &[Done],
@@ -750,6 +758,7 @@ fn config(
         commit: template.commit.clone(),
         labels: template.labels.clone(),
         cloud: cloud.to_vec(),
+        mutable: template.mutable.clone(),
     }
 }
 
@@ -759,6 +768,7 @@ async fn publish(
     record: Option<DiskRecord>,
     annotations: BTreeMap<String, String>,
     tickets: Vec<Ticket>,
+    named: bool,
     context: &Context,
 ) -> Result<Digest> {
     let (sink, scope) = (sink.clone(), context.scope.clone());
@@ -768,7 +778,13 @@ async fn publish(
         // is not undone, and what is being undone is not recorded.
         let undone = || Error::new(Code::Interrupted, "interrupted before the image was stored");
         let stays = scope.withhold(&tickets).ok_or_else(undone)?;
-        match sink.publish(&config, record.as_slice(), &annotations) {
+        let published = if named {
+            sink.publish(&config, record.as_slice(), &annotations)
+        } else {
+            let digest = sink.publish_unnamed(&config, record.as_slice(), &annotations);
+            digest.map(|digest| Published { digest, moved_from: None })
+        };
+        match published {
             Ok(published) => scope.stays(stays).map(|()| published),
             Err(error) => {
                 scope.give_back(stays);

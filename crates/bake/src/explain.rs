@@ -250,7 +250,7 @@ pub enum Cause {
     Config,
     /// Other tests than those that the image has passed.
     Tests,
-    /// The image has passed no tests.
+    /// The image has not passed them.
     NotTested,
 }
 
@@ -611,11 +611,7 @@ impl View<'_> {
         } else if self.options.no_cache {
             own(Cause::NoCache)
         } else if let Some(found) = &self.decision.unfit {
-            match (found.same_config, found.record.tests) {
-                (false, _) => self.since(vec![Cause::Config], &found.record),
-                (true, Some(_)) => self.since(vec![Cause::Tests], &found.record),
-                (true, None) => own(Cause::NotTested),
-            }
+            self.since(vec![Cause::Config], &found.record)
         } else if let Some(record) = self.earlier.records.iter().rev().find(|record| Some(record.seal) == key) {
             own(if (self.earlier.image)(record)?.is_some() { Cause::ImageOld } else { Cause::ImageGone })
         } else if let Some(reference) = self.reference {
@@ -634,7 +630,14 @@ impl View<'_> {
     fn tests(&self, seal: &Line, times: &Times<'_>) -> Line {
         let key = self.plan.tests;
         match &self.decision.reuse {
-            Reuse::Image(_) => Line::cached(key, seal.age_seconds.map(Duration::from_secs)),
+            Reuse::Image(found) if found.tested => Line::cached(key, seal.age_seconds.map(Duration::from_secs)),
+            Reuse::Image(found) => {
+                let reason = match found.record.tests {
+                    Some(tests) if Some(tests) != key => self.since(vec![Cause::Tests], &found.record),
+                    _ => Reason { causes: vec![Cause::NotTested], since: None },
+                };
+                Line::runs(key, times.tests(), reason)
+            }
             Reuse::Points(_) => Line::runs(key, times.tests(), Reason { causes: vec![Cause::AfterSeal], since: None }),
         }
     }
@@ -699,7 +702,7 @@ impl fmt::Display for Cause {
             Self::ImageOld => write!(f, "a step in its image ran too long ago"),
             Self::Config => write!(f, "the disk is the same, and labels or names of steps changed"),
             Self::Tests => write!(f, "the tests changed"),
-            Self::NotTested => write!(f, "the image was not tested"),
+            Self::NotTested => write!(f, "the image has not passed them"),
         }
     }
 }

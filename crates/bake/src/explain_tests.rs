@@ -165,9 +165,12 @@ fn the_seal_and_the_tests_alone() {
     let mut world = World::default();
     let tested = abc() + "[[test]]\nshell = 'x'\n";
     world.bake(&web(&tested), DAY);
-    assert_eq!(said(&world, &tested.replace("'x'", "'y'")), ["seal: the tests changed since bake 01J0 (24 h ago)"]);
+    assert_eq!(said(&world, &tested.replace("'x'", "'y'")), ["tests: the tests changed since bake 01J0 (24 h ago)"]);
+    let explanation = world.explain(&web(&tested.replace("'x'", "'y'")), &Options::default());
+    assert_eq!((explanation.start.from, explanation.estimate.seconds), (Origin::Image, 7.0), "only the tests run");
     world.records[0].tests = None;
-    assert_eq!(said(&world, &tested), ["seal: the image was not tested"]);
+    world.passed.clear();
+    assert_eq!(said(&world, &tested), ["tests: the image has not passed them"]);
     world.drop_images();
     assert_eq!(said(&world, &tested), ["seal: its image is no longer in the store"]);
     let explanation = world.explain(&web(&tested), &Options::default());

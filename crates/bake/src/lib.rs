@@ -17,6 +17,7 @@ mod step;
 pub mod template;
 #[cfg(test)]
 mod testing;
+pub mod trial;
 
 pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake, shell};
 

@@ -45,6 +45,8 @@ pub struct Plan {
     /// Key of the tests on that disk. None: there are no tests, or the base is
     /// not known.
     pub tests: Option<Key>,
+    /// What each test is made of itself, its boots and user data included.
+    pub each_test: Vec<Key>,
     cloud: Option<&'static str>,
     seal_own: Key,
     tests_own: Option<Key>,
@@ -65,6 +67,8 @@ pub struct PlannedStep {
     pub inputs: Vec<Input>,
     /// Its key. None: the base's digest is not known.
     pub key: Option<Key>,
+    /// Whether that it succeeded proves that one run is enough.
+    pub converges: bool,
 }
 
 impl Plan {
@@ -75,7 +79,8 @@ impl Plan {
     /// When an input file cannot be read.
     pub fn new(template: &Template, base: Option<Digest>) -> Result<Self> {
         let steps = template.steps.iter().map(PlannedStep::new).collect::<Result<_>>()?;
-        let (seal_own, seal_parts) = seal_own(&template.name, &template.version, template.commit.as_deref(), &template.keep);
+        let (seal_own, seal_parts) = seal_own(template);
+        let each_test = test_keys(&template.tests)?;
         let mut plan = Self {
             base: None,
             disk_size: template.disk_size,
@@ -87,7 +92,8 @@ impl Plan {
             tests: None,
             cloud: template.builder.at_cloud().then(|| template.builder.kind()),
             seal_own,
-            tests_own: tests_own(&template.tests)?,
+            tests_own: (!each_test.is_empty()).then(|| all_tests(&each_test)),
+            each_test,
         };
         if let Some(base) = base {
             plan.set_base(base);
@@ -127,7 +133,8 @@ impl PlannedStep {
 
     fn new(step: &StepSpec) -> Result<Self> {
         let (own, parts, inputs) = own_key(step.provisioner.as_ref(), &step.common).map_err(|error| error.step(&step.common.name))?;
-        Ok(Self { name: step.common.name.clone(), kind: step.provisioner.kind(), own, parts, inputs, key: None })
+        let converges = step.provisioner.converges();
+        Ok(Self { name: step.common.name.clone(), kind: step.provisioner.kind(), own, parts, inputs, key: None, converges })
     }
 }
 
@@ -161,22 +168,42 @@ pub fn own_key(provisioner: &dyn Provisioner, common: &Common) -> Result<(Key, V
     Ok((key, parts, inputs))
 }
 
-fn seal_own(name: &str, version: &str, commit: Option<&str>, keep: &[String]) -> (Key, Vec<Part>) {
+fn seal_own(template: &Template) -> (Key, Vec<Part>) {
     let mut hasher = KeyHasher::new("seal settings");
-    hasher.field("name", name).field("version", version).field("commit", commit.unwrap_or_default());
+    let commit = template.commit.as_deref().unwrap_or_default();
+    hasher.field("name", &template.name).field("version", &template.version).field("commit", commit);
     hasher.hidden("seal version", SEAL_VERSION).part("kiln's own seal", SEAL_VERSION);
-    names(&mut hasher, "keep", "keep", keep);
+    names(&mut hasher, "keep", "keep", &template.keep);
+    // In the config alone, which is a part of the image.
+    if !template.mutable.is_empty() {
+        names(&mut hasher, "mutable", "mutable", &template.mutable);
+    }
     hasher.finish_with_parts()
 }
 
-/// What the tests are made of themselves, in order.
-fn tests_own(tests: &[StepSpec]) -> Result<Option<Key>> {
-    let mut hasher = KeyHasher::new("own tests");
-    for test in tests {
+/// What each test is made of itself, in order: without an image, so that its
+/// result is found again for every image with the same disk.
+///
+/// # Errors
+/// When an input file cannot be read.
+pub fn test_keys(tests: &[StepSpec]) -> Result<Vec<Key>> {
+    let key = |test: &StepSpec| {
         let (own, ..) = own_key(test.provisioner.as_ref(), &test.common).map_err(|error| error.step(&test.common.name))?;
+        let mut hasher = KeyHasher::new("own test");
+        hasher.field("test", own.hex()).field("boot", test.boot.name());
+        hasher.field("user data", test.user_data.as_ref().map(|bytes| Digest::of(bytes).hex()).unwrap_or_default());
+        Ok(hasher.finish())
+    };
+    tests.iter().map(key).collect()
+}
+
+/// What all tests are made of, of what each is made of.
+pub fn all_tests(each: &[Key]) -> Key {
+    let mut hasher = KeyHasher::new("own tests");
+    for own in each {
         hasher.field("test", own.hex());
     }
-    Ok((!tests.is_empty()).then(|| hasher.finish()))
+    hasher.finish()
 }
 
 /// Adds a set of names: of a secret, for one, only the name counts.
@@ -462,7 +489,8 @@ mod tests {
             &|t: &mut Template| t.version = "2".into(),
             &|t: &mut Template| t.commit = Some("c".into()),
             &|t: &mut Template| drop(t.keep.pop()),
-        ] as [&dyn Fn(&mut Template); 4]
+            &|t: &mut Template| t.mutable.push("/c".into()),
+        ] as [&dyn Fn(&mut Template); 5]
         {
             let changed = plan(change);
             assert_eq!(first.start, changed.start);
@@ -504,10 +532,14 @@ mod tests {
         // They change no image, and how they are run changes nothing.
         assert_eq!(plan("1", "").seal, first.seal);
         assert_eq!(plan("1", &(a.clone() + "name = 'x'\ntimeout = '5m'\nretries = 2\n" + &b)).tests, first.tests);
-        for other in [a.clone(), b.clone() + &a, a.clone() + &test("c"), a.clone() + "env = { A = '1' }\n" + &b] {
+        let again = a.clone() + "boot = 'both'\n" + &b;
+        for other in [a.clone(), b.clone() + &a, a.clone() + &test("c"), a.clone() + "env = { A = '1' }\n" + &b, again] {
             assert_ne!(plan("1", &other).tests, first.tests, "{other}");
         }
-        assert_ne!(plan("2", &(a + &b)).tests, first.tests, "another image has passed nothing yet");
+        assert_ne!(plan("2", &(a.clone() + &b)).tests, first.tests, "another image has passed nothing yet");
+        // Each for itself, whatever the image and the other tests are.
+        let (one, two) = (plan("1", &(a.clone() + &b)), plan("2", &(b.clone() + &a)));
+        assert_eq!(one.each_test, [two.each_test[1], two.each_test[0]]);
     }
 
     #[test]

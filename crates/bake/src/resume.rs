@@ -2,7 +2,8 @@
 //! own, so that `kiln plan` foretells exactly what `kiln bake` does.
 //!
 //! The most that can be used is the image of an earlier bake with the same seal
-//! key, config and tests; then nothing runs. Otherwise a bake goes on from
+//! key and config; then nothing runs but tests that its disk has not passed yet.
+//! Otherwise a bake goes on from
 //! the deepest [`Point`] that is kept: the machine after some step, or the
 //! booted base. Nothing is said of a step that has never been kept beyond that
 //! it runs; [`crate::explain`] says why.
@@ -32,7 +33,7 @@ use kiln_model::checkpoint::{CheckpointCache, Peek};
 use kiln_model::history::Record;
 use kiln_model::image::Config;
 use kiln_model::settings::nearest;
-use kiln_model::{Code, Error, Key, Result};
+use kiln_model::{Code, Digest, Error, Key, Result};
 
 use crate::plan::Plan;
 use crate::template::{Cache, Template};
@@ -48,8 +49,6 @@ pub struct Options {
     pub from: Option<String>,
     /// The machine itself is wanted: no image will do in its place.
     pub machine: bool,
-    /// An image that has not passed the tests will do.
-    pub untested: bool,
 }
 
 impl Options {
@@ -89,6 +88,8 @@ pub struct Earlier<'a> {
     pub records: &'a [Record],
     /// The config of a record's image, as long as the store has it.
     pub image: &'a dyn Fn(&Record) -> Result<Option<Config>>,
+    /// Whether a disk has passed the test of this own key.
+    pub passed: &'a dyn Fn(&Digest, &Key) -> Result<bool>,
     /// The time from which ages count.
     pub now: SystemTime,
 }
@@ -102,7 +103,7 @@ pub struct Decision {
     /// or need not, since an image is used.
     pub refused: Vec<Option<Refusal>>,
     /// An image that all steps and the seal would make again, and that will not
-    /// do: its config or its tests are not those of the template.
+    /// do: its config is not that of the template.
     pub unfit: Option<Box<Found>>,
 }
 
@@ -191,7 +192,7 @@ pub fn decide(template: &Template, plan: &Plan, options: &Options, earlier: &Ear
     let mut unfit = None;
     let anew = options.fresh || options.no_cache || options.machine || first.is_some();
     if !anew && let Some(found) = find_image(template, plan, earlier)? {
-        let fits = found.same_config && (found.tested || options.untested);
+        let fits = found.same_config;
         if fits {
             return Ok(Decision { reuse: Reuse::Image(Box::new(found)), refused: vec![None; template.steps.len()], unfit: None });
         }
@@ -241,19 +242,24 @@ fn find_image(template: &Template, plan: &Plan, earlier: &Earlier<'_>) -> Result
     let mut best: Option<Found> = None;
     for record in earlier.records.iter().rev().filter(|record| record.seal == seal && young(record)) {
         let Some(config) = (earlier.image)(record)? else { continue };
-        // The same disk may have been tested by a later bake.
-        let same_disk = |other: &Record| if record.disk.is_some() { other.disk == record.disk } else { other.image == record.image };
-        let tested = |other: &Record| same_disk(other) && other.tests == plan.tests;
-        let found = Found {
-            record: record.clone(),
-            tested: template.tests.is_empty() || earlier.records.iter().any(tested),
-            same_config: same_config(template, &config),
-        };
+        let found =
+            Found { record: record.clone(), tested: has_passed(record, plan, earlier)?, same_config: same_config(template, &config) };
         if best.as_ref().is_none_or(|best| (found.same_config, found.tested) > (best.same_config, best.tested)) {
             best = Some(found);
         }
     }
     Ok(best)
+}
+
+/// Whether the image of a record has passed every test of the plan.
+fn has_passed(record: &Record, plan: &Plan, earlier: &Earlier<'_>) -> Result<bool> {
+    let Some(disk) = record.tested_disk() else { return Ok(plan.each_test.is_empty()) };
+    for test in &plan.each_test {
+        if !(earlier.passed)(&disk, test)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether what is in a config but in no key is the same.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_model::guest::{Command, Guest, GuestExt as _, quote};
 use kiln_model::machine::{Context, Machine};
-use kiln_model::provision::{Common, Step};
+use kiln_model::provision::{Case, Common, Outcome, Step};
 use kiln_model::secret::Secret;
 use kiln_model::{Code, Error, Result};
 
@@ -18,13 +18,50 @@ const GRACE: Duration = Duration::from_secs(60);
 
 /// Runs `spec` on `machine`, as often as its retries allow.
 pub(crate) async fn run(machine: &dyn Machine, spec: &StepSpec, secrets: &BTreeMap<String, Secret>, context: &Context) -> Result<()> {
+    on(machine, spec, secrets, context, Wanted::Done).await.map(drop)
+}
+
+/// Runs the test `spec` on `machine`, as often as its retries allow; gives what
+/// the last attempt found.
+pub(crate) async fn test(
+    machine: &dyn Machine,
+    spec: &StepSpec,
+    secrets: &BTreeMap<String, Secret>,
+    context: &Context,
+) -> Result<Vec<Case>> {
+    on(machine, spec, secrets, context, Wanted::Tested).await
+}
+
+/// What is wanted of a provisioner.
+#[derive(Clone, Copy)]
+enum Wanted {
+    /// That it does it.
+    Done,
+    /// That it tells what it finds.
+    Tested,
+}
+
+/// Does what is `wanted` of `spec`, with all that it asks for; gives what was
+/// found.
+async fn on(
+    machine: &dyn Machine,
+    spec: &StepSpec,
+    secrets: &BTreeMap<String, Secret>,
+    context: &Context,
+    wanted: Wanted,
+) -> Result<Vec<Case>> {
     let guest = machine.guest();
     let common = &spec.common;
     let attempts = async {
         place_secrets(&guest, common, secrets).await?;
-        let done = attempt(spec, &guest, context).await;
+        let own = secrets.iter().filter(|(name, _)| common.secrets.contains(name));
+        let own: BTreeMap<String, Secret> = own.map(|(name, secret)| (name.clone(), secret.clone())).collect();
+        let done = match wanted {
+            Wanted::Done => attempt(spec, &guest, &own, context).await.map(|()| Vec::new()),
+            Wanted::Tested => attempt_test(spec, &guest, &own, context).await,
+        };
         let removed = remove_secrets(&guest, common).await;
-        done.and(removed)
+        done.and_then(|done| removed.map(|()| done))
     };
     tokio::select! {
         // A machine that ends takes the connection with it: say the cause, not
@@ -42,9 +79,9 @@ pub(crate) async fn run(machine: &dyn Machine, spec: &StepSpec, secrets: &BTreeM
     }
 }
 
-async fn attempt(spec: &StepSpec, guest: &Arc<dyn Guest>, context: &Context) -> Result<()> {
+async fn attempt(spec: &StepSpec, guest: &Arc<dyn Guest>, secrets: &BTreeMap<String, Secret>, context: &Context) -> Result<()> {
     let common = &spec.common;
-    let step = Step { guest: guest.clone(), common, reports: &context.reports };
+    let step = Step { guest: guest.clone(), common, reports: &context.reports, secrets, work: &context.work };
     let mut tried = 0;
     loop {
         tried += 1;
@@ -60,6 +97,31 @@ async fn attempt(spec: &StepSpec, guest: &Arc<dyn Guest>, context: &Context) -> 
             }
             done => return done,
         }
+    }
+}
+
+async fn attempt_test(spec: &StepSpec, guest: &Arc<dyn Guest>, secrets: &BTreeMap<String, Secret>, context: &Context) -> Result<Vec<Case>> {
+    let common = &spec.common;
+    let step = Step { guest: guest.clone(), common, reports: &context.reports, secrets, work: &context.work };
+    let mut tried = 0;
+    loop {
+        tried += 1;
+        let cases = match common.timeout {
+            None => spec.provisioner.test(&step).await?,
+            Some(limit) => match tokio::time::timeout(limit + GRACE, spec.provisioner.test(&step)).await {
+                Ok(done) => done?,
+                Err(_) => {
+                    let outcome = Outcome::Failed(format!("it took longer than its timeout of {limit:?}"));
+                    vec![Case { name: common.name.clone(), seconds: (limit + GRACE).as_secs_f64(), outcome }]
+                }
+            },
+        };
+        let failed = cases.iter().filter(|case| case.outcome.failed()).count();
+        if failed == 0 || tried > common.retries {
+            return Ok(cases);
+        }
+        let of = cases.len();
+        context.reports.warn(format!("test `{}`: {failed} of {of} failed; attempt {} of {}", common.name, tried + 1, common.retries + 1));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Earlier bakes that never were, for the tests of what is used of them.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -62,12 +62,21 @@ pub(crate) struct World {
     pub(crate) records: Vec<Record>,
     pub(crate) images: RefCell<HashMap<Digest, Config>>,
     pub(crate) kept: Kept,
+    /// Which disks have passed which tests.
+    pub(crate) passed: HashSet<(Digest, Key)>,
 }
 
 impl Default for World {
     fn default() -> Self {
         let now = UNIX_EPOCH + 1000 * DAY;
-        Self { now, base: Some(Digest::of("base")), records: Vec::new(), images: RefCell::default(), kept: Kept::default() }
+        Self {
+            now,
+            base: Some(Digest::of("base")),
+            records: Vec::new(),
+            images: RefCell::default(),
+            kept: Kept::default(),
+            passed: HashSet::new(),
+        }
     }
 }
 
@@ -133,6 +142,8 @@ impl World {
             cloud: Vec::new(),
             base_at_cloud: false,
         };
+        let disk = record.tested_disk().unwrap();
+        self.passed.extend(plan.each_test.iter().map(|test| (disk, *test)));
         for key in std::iter::once(record.start).chain(record.steps.iter().map(|step| step.key)) {
             self.kept.0.lock().unwrap().entry(key).or_insert(Peek { made: at, memory: Some(key) });
         }
@@ -148,6 +159,7 @@ impl World {
             commit: None,
             labels: template.labels.clone(),
             cloud: Vec::new(),
+            mutable: Vec::new(),
         };
         self.images.borrow_mut().insert(record.image, config);
         self.records.push(record);
@@ -167,7 +179,8 @@ impl World {
 
     fn with<T>(&self, work: impl FnOnce(&Earlier<'_>) -> T) -> T {
         let image = |record: &Record| Ok(self.images.borrow().get(&record.image).cloned());
-        work(&Earlier { cache: &self.kept, records: &self.records, image: &image, now: self.now })
+        let passed = |disk: &Digest, test: &Key| Ok(self.passed.contains(&(*disk, *test)));
+        work(&Earlier { cache: &self.kept, records: &self.records, image: &image, passed: &passed, now: self.now })
     }
 
     pub(crate) fn try_decide(&self, text: &str, options: &Options) -> Result<Decision> {

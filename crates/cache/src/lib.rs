@@ -8,6 +8,7 @@
 //!  HOME/cache/checkpoints/.new/ID.BYTES/          one being written; locked by its writer
 //!  HOME/cache/checkpoints/.lock                   held while room is made or taken
 //!  HOME/cache/claims/KEY                          locked by who makes what KEY names
+//!  HOME/cache/results/DISK/TEST.json             what a test found on a disk
 //!  HOME/history/NAME.jsonl                        one line for each bake of the image NAME
 //! ```
 //!
@@ -34,10 +35,12 @@ mod digest;
 mod history;
 mod label;
 mod lock;
+mod results;
 mod room;
 #[cfg(test)]
 mod tests;
 
 pub use checkpoints::Checkpoints;
 pub use history::HistoryFiles;
+pub use results::ResultFiles;
 pub use room::{Listed, Pruned, Usage};

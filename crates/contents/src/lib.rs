@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!  Files (a disk, no guest) ──► packages/   dpkg · apk · rpm · os-release ──► Inventory
-//!                           └─► diff/       a walk through two disks at once
+//!                           ├─► diff/       a walk through two disks at once
+//!                           ├─► archive/    what the distribution has by now
+//!                           └─► manifest/   every path, package and unit ──► drift/   a machine beside it
 //!
 //!  Inventory + ImageFacts ──► spdx.rs · cyclonedx.rs    a bill of materials
 //!  two of everything      ──► diff/ ──► html.rs         what changed, and a page of it
@@ -16,10 +18,13 @@
 //! Documents are the same for the same image: their only time is the image's
 //! own, and their ids are made of its digests.
 
+pub mod archive;
 mod cyclonedx;
 pub mod diff;
+pub mod drift;
 mod html;
 mod license;
+pub mod manifest;
 pub mod packages;
 mod purl;
 mod spdx;

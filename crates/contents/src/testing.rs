@@ -59,6 +59,7 @@ impl Files for Tree {
             modified: 0,
             attributes: None,
             place: None,
+            position: 0,
         };
         Ok(Box::new(self.0.iter().map(entry).map(Ok)))
     }
@@ -86,6 +87,7 @@ pub(crate) fn facts() -> crate::ImageFacts {
             commit: Some("0123abc".into()),
             labels: BTreeMap::new(),
             cloud: Vec::new(),
+            mutable: Vec::new(),
         },
         digest: Some(Digest::of("image")),
         created: Some("2026-11-21T10:00:00.123456Z".into()),

@@ -14,7 +14,7 @@ use kiln_model::{Code, Error, Result, ResultExt as _};
 use serde_json::json;
 
 use crate::nbd::{self, Client};
-use crate::process::{self, Child};
+use kiln_process::{self as process, Child};
 
 /// How many clients may be connected at once.
 const CLIENTS: u8 = 8;

@@ -374,7 +374,7 @@ fn next_of_tree(files: &Ext4, stack: &mut Vec<Level>) -> Result<Option<Entry>> {
     }
     let size = if kind == EntryKind::File { meta.len() } else { 0 };
     let (mode, uid, gid, modified) = (meta.mode() & 0o7777, meta.uid(), meta.gid(), meta.modified().seconds());
-    Ok(Some(Entry { path, kind, mode, uid, gid, size, modified, attributes: None, place: None }))
+    Ok(Some(Entry { path, kind, mode, uid, gid, size, modified, attributes: None, place: None, position: 0 }))
 }
 
 fn kind(root: &Ext4, path: &str) -> Result<Option<FileKind>> {
@@ -554,7 +554,7 @@ mod tests {
 
     #[test]
     fn reads_a_file_system_made_by_mke2fs() {
-        let Some(mke2fs) = crate::process::find("mke2fs").or_else(|| crate::process::find("/sbin/mke2fs")) else { return };
+        let Some(mke2fs) = kiln_process::find("mke2fs").or_else(|| kiln_process::find("/sbin/mke2fs")) else { return };
         let folder = tempfile::tempdir().unwrap();
         let tree = folder.path().join("tree");
         std::fs::create_dir_all(tree.join("etc/empty")).unwrap();
@@ -566,7 +566,7 @@ mod tests {
         std::fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
         let mut command = std::process::Command::new(mke2fs);
         command.args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&image);
-        crate::process::run(command).unwrap();
+        kiln_process::run(command).unwrap();
 
         let files = DiskFiles::open(Box::new(Bytes(std::fs::read(&image).unwrap()))).unwrap().unwrap();
         assert_eq!(files.read("/etc/os-release").unwrap(), b"ID=debian\n");

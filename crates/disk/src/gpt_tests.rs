@@ -85,12 +85,12 @@ fn the_last_partition_grows_and_both_tables_are_right() {
     assert_eq!(disk[(40_927 * SECTOR) as usize..][..128 * 128], disk[1024..][..128 * 128]);
     assert_eq!(u32_at(&disk, 458), 40_959);
     assert_eq!(grow(&mut disk).unwrap(), Grown::Nothing);
-    if crate::process::find("sfdisk").is_some() {
+    if kiln_process::find("sfdisk").is_some() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &disk).unwrap();
         let mut sfdisk = std::process::Command::new("sfdisk");
         sfdisk.arg("--verify").arg(file.path());
-        let output = crate::process::run(sfdisk).unwrap();
+        let output = kiln_process::run(sfdisk).unwrap();
         assert!(String::from_utf8_lossy(&output.stdout).contains("No errors detected"), "{output:?}");
     }
 }

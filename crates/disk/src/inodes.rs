@@ -193,6 +193,7 @@ impl Inodes {
             modified: inode.modified(),
             attributes: Some(self.attributes(&inode)?),
             place: if file { self.place(&inode)? } else { None },
+            position: if file { self.position(&inode) } else { 0 },
         }))
     }
 
@@ -372,6 +373,19 @@ impl Inodes {
             entries = entries.get((16 + length).next_multiple_of(4)..).unwrap_or_default();
         }
         Ok(())
+    }
+
+    /// See [`Entry::position`].
+    fn position(&self, inode: &Inode) -> u64 {
+        if inode.flags() & INODE_EXTENTS == 0 || inode.flags() & INODE_INLINE != 0 {
+            return 0;
+        }
+        // The root of the tree tells where the first blocks are, or those that
+        // say so: near enough.
+        let entry = inode.inner().get(12..24).unwrap_or_default();
+        let deep = u16_at(inode.inner(), 6) > 0;
+        let first = if deep { wide(u16_at(entry, 8), u32_at(entry, 4)) } else { wide(u16_at(entry, 6), u32_at(entry, 8)) };
+        first.saturating_mul(self.block)
     }
 
     /// See [`Entry::place`].

@@ -10,7 +10,6 @@ pub mod nbd;
 pub mod overlay;
 pub mod pack;
 pub mod packs;
-pub mod process;
 pub mod qcow2;
 pub mod qemu_img;
 pub mod raw;

@@ -209,7 +209,7 @@ mod tests {
     use kiln_model::image::{Block, zero_block};
 
     use super::*;
-    use crate::process;
+    use kiln_process as process;
 
     /// A disk of `size` bytes with these blocks stored, as a qcow2 and as raw.
     fn check(size: u64, stored: &[usize]) {

@@ -14,9 +14,9 @@ use kiln_model::cleanup::Scope;
 use kiln_model::{Code, Error, Result, ResultExt as _};
 use serde::Deserialize;
 
-use crate::process;
 pub use crate::recognise::{Recognised, recognise};
 use crate::recognise::{Refused, recognise_raw};
+use kiln_process as process;
 
 /// Formats that a disk can be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -18,6 +18,7 @@ use crate::failure::Failure;
 use crate::keys::PublicKey;
 use crate::provenance::Provenance;
 use crate::statement::{self, IN_TOTO, Statement};
+use crate::verdict::Verdict;
 
 /// The image that evidence is wanted for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,12 +66,16 @@ pub enum What {
     Signature(Form),
     /// Where the image comes from.
     Provenance(Box<Provenance>),
-    /// How its tests ended: `PASSED`, `WARNED`, `FAILED`.
-    Tests(String),
+    /// How its tests ended.
+    Tests(Verdict),
     /// What the check of its disk came to: `CLEAN`, `UNCHECKED`.
     Hygiene(String),
+    /// Whether one run of the tools that configured it was enough: `CONVERGED`.
+    Convergence(String),
     /// What is in it.
     Sbom(&'static str),
+    /// Every path, package and unit of it, to compare machines with.
+    Manifest,
     /// A statement of a kind that kiln does not use.
     Statement(String),
     /// Something that kiln does not use, by its artifact type.
@@ -94,19 +99,23 @@ impl What {
             Self::Provenance(_) => "provenance",
             Self::Tests(_) => "test-result",
             Self::Hygiene(_) => "hygiene",
+            Self::Convergence(_) => "convergence",
             Self::Sbom(_) => "sbom",
+            Self::Manifest => "manifest",
             Self::Statement(_) => "statement",
             Self::Other(_) => "other",
         }
     }
 
-    fn of(statement: &Statement) -> Self {
+    /// What a statement is, whoever makes it.
+    pub fn of(statement: &Statement) -> Self {
         let result = || statement.predicate.get("result").and_then(Value::as_str).unwrap_or("UNKNOWN").to_owned();
         match statement.predicate_type.as_str() {
             statement::SIGNATURE => Self::Signature(Form::Bundle),
             statement::PROVENANCE => Self::Provenance(Box::new(Provenance::read(&statement.predicate))),
-            statement::TEST_RESULT => Self::Tests(result()),
+            statement::TEST_RESULT => Self::Tests(Verdict::read(&statement.predicate)),
             statement::HYGIENE => Self::Hygiene(result()),
+            statement::CONVERGENCE => Self::Convergence(result()),
             kind if kind.starts_with("https://spdx.dev/Document") => Self::Sbom("SPDX"),
             kind if kind.starts_with("https://cyclonedx.org/") => Self::Sbom("CycloneDX"),
             other => Self::Statement(other.to_owned()),
@@ -120,9 +129,11 @@ impl fmt::Display for What {
             Self::Signature(Form::Tag) => f.write_str("signature (cosign tag)"),
             Self::Signature(Form::Bundle) => f.write_str("signature (bundle)"),
             Self::Provenance(_) => f.write_str("provenance"),
-            Self::Tests(result) => write!(f, "tests {}", result.to_lowercase()),
+            Self::Tests(verdict) => write!(f, "tests {}", verdict.result.to_lowercase()),
             Self::Hygiene(result) => write!(f, "hygiene {}", result.to_lowercase()),
+            Self::Convergence(result) => write!(f, "convergence {}", result.to_lowercase()),
             Self::Sbom(format) => write!(f, "SBOM ({format})"),
+            Self::Manifest => f.write_str("manifest"),
             Self::Statement(kind) => write!(f, "statement {kind}"),
             Self::Other(kind) => f.write_str(kind),
         }
@@ -184,6 +195,7 @@ fn one(subject: &Subject, found: &Found, keys: &[PublicKey]) -> Vec<Examined> {
         (IN_TOTO, Some(layer)) => bare(subject, found, &layer.bytes),
         ("application/spdx+json", _) => unsigned(found, What::Sbom("SPDX")),
         ("application/vnd.cyclonedx+json", _) => unsigned(found, What::Sbom("CycloneDX")),
+        ("application/vnd.kiln.manifest.v1", _) => unsigned(found, What::Manifest),
         _ => unsigned(found, What::Other(kind.to_owned())),
     }]
 }
@@ -278,6 +290,11 @@ pub fn claim_of(statement: &Statement) -> Digest {
     let predicate = match What::of(statement) {
         What::Provenance(provenance) => Value::String(provenance.definition.to_string()),
         What::Signature(_) => serde_json::json!([statement.subject]),
+        What::Tests(_) => {
+            let mut predicate = statement.predicate.clone();
+            predicate.as_object_mut().map(|object| object.remove(statement::FINISHED));
+            crate::provenance::sorted(&predicate)
+        }
         _ => crate::provenance::sorted(&statement.predicate),
     };
     Digest::of(format!("{} {predicate}", statement.predicate_type))
@@ -317,7 +334,10 @@ mod tests {
         let account = account();
         let examined = examine(&Subject::new(account.image), &all(&account, &key(1)), &[key(1).public().clone()]);
         let what: Vec<String> = examined.iter().map(|examined| examined.what.to_string()).collect();
-        assert_eq!(what, ["signature (cosign tag)", "signature (bundle)", "provenance", "tests passed", "hygiene clean"]);
+        assert_eq!(
+            what,
+            ["signature (cosign tag)", "signature (bundle)", "provenance", "tests passed", "hygiene clean", "convergence converged"]
+        );
         for examined in &examined {
             assert!(examined.is_signed_by(&[key(1).id()]) && !examined.is_signed_by(&[key(2).id()]), "{examined:?}");
             assert_eq!(examined.name.as_deref(), Some("web:1.4.0"));
@@ -419,6 +439,7 @@ mod tests {
         let examined = |kind| one_of(&Subject::new(Digest::of("image")), &found(of(kind)), &[]);
         assert_eq!(examined("application/x").what, What::Other("application/x".into()));
         assert_eq!(examined("application/spdx+json").what, What::Sbom("SPDX"));
+        assert_eq!(examined("application/vnd.kiln.manifest.v1").what, What::Manifest);
         for kind in [bundle::BUNDLE, IN_TOTO] {
             assert!(matches!(examined(kind).failures[..], [Failure::Malformed(_)]), "{kind}");
         }

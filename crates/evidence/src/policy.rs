@@ -16,6 +16,7 @@
 //! statements_by = ["ci"]              # whose statements count; else those of all [keys]
 //! tests_passed = true
 //! hygiene_clean = true
+//! converged = true
 //! source = ["https://github.com/acme/shop"]
 //! max_age = "30d"
 //! base_current = true
@@ -46,6 +47,7 @@ use crate::examine::{Examined, What};
 use crate::failure::Failure;
 use crate::keys::{PrivateKey, PublicKey};
 use crate::provenance::BUILD_TYPE;
+use crate::verdict;
 
 /// Payload type of a signed policy.
 pub const SIGNED: &str = "application/vnd.kiln.policy.v1+toml";
@@ -78,6 +80,8 @@ pub struct Require {
     pub tests_passed: bool,
     /// That the hygiene check found nothing.
     pub hygiene_clean: bool,
+    /// That one run of the tools that configured it was proved to be enough.
+    pub converged: bool,
     /// Provenance from one of these repositories, by URL. Empty: from anywhere.
     pub source: Vec<String>,
     /// That it was baked not longer ago.
@@ -200,12 +204,15 @@ pub fn check(policy: &Policy, facts: &Facts) -> Vec<Unmet> {
     let trusted = policy.ids(&require.statements_by);
     let statements = Statements { trusted: &trusted, all: &facts.evidence };
     if require.tests_passed {
-        let result = |what: &What| if let What::Tests(result) = what { Some(result.clone()) } else { None };
-        add("tests_passed", statements.unless("PASSED", "result of tests", result));
+        add("tests_passed", statements.unless_passed());
     }
     if require.hygiene_clean {
         let result = |what: &What| if let What::Hygiene(result) = what { Some(result.clone()) } else { None };
         add("hygiene_clean", statements.unless("CLEAN", "hygiene report", result));
+    }
+    if require.converged {
+        let result = |what: &What| if let What::Convergence(result) = what { Some(result.clone()) } else { None };
+        add("converged", statements.unless("CONVERGED", "proof of convergence", result));
     }
     if !require.source.is_empty() {
         add("source", foreign(&require.source, &statements));
@@ -292,6 +299,31 @@ impl Statements<'_> {
     }
 }
 
+impl Statements<'_> {
+    /// Why the tests have not passed: of each suite the newest result that
+    /// counts has to say that they did.
+    fn unless_passed(&self) -> Option<String> {
+        let results = self.all.iter().filter_map(|examined| match &examined.what {
+            What::Tests(verdict) => Some((verdict, self.counts(examined))),
+            _ => None,
+        });
+        let (mut counted, mut ignored) = (Vec::new(), None);
+        for (verdict, counts) in results {
+            match counts {
+                Ok(()) => counted.push(verdict),
+                Err(why) => ignored = Some(why),
+            }
+        }
+        let newest = verdict::newest(counted);
+        match (newest.iter().find(|verdict| !verdict.passed()), ignored) {
+            (Some(bad), _) => Some(format!("the result of tests says {bad}")),
+            (None, _) if !newest.is_empty() => None,
+            (None, Some(why)) => Some(format!("the result of tests does not count: {why}")),
+            (None, None) => Some("it has no result of tests".to_owned()),
+        }
+    }
+}
+
 /// Why no provenance is from one of the repositories.
 fn foreign(wanted: &[String], statements: &Statements<'_>) -> Option<String> {
     let mut why = None;
@@ -350,8 +382,8 @@ struct Parser<'a> {
 }
 
 const TOP: [&str; 4] = ["channel", "followers", "keys", "require"];
-const REQUIRE: [&str; 8] =
-    ["signed_by", "statements_by", "tests_passed", "hygiene_clean", "source", "max_age", "base_current", "came_through"];
+const REQUIRE: [&str; 9] =
+    ["signed_by", "statements_by", "tests_passed", "hygiene_clean", "converged", "source", "max_age", "base_current", "came_through"];
 
 impl Parser<'_> {
     fn wrong(&mut self, at: usize, what: impl Into<String>) {
@@ -499,6 +531,7 @@ impl Parser<'_> {
                 "statements_by" => require.statements_by = texts(self.strings(name, value)),
                 "tests_passed" => require.tests_passed = self.truth(name, value),
                 "hygiene_clean" => require.hygiene_clean = self.truth(name, value),
+                "converged" => require.converged = self.truth(name, value),
                 "source" => require.source = texts(self.strings(name, value)),
                 "base_current" => require.base_current = self.truth(name, value),
                 "max_age" => {
@@ -568,6 +601,7 @@ mod tests {
             statements_by: vec!["ci".into()],
             tests_passed: true,
             hygiene_clean: true,
+            converged: true,
             source: vec![REPOSITORY.into()],
             max_age: Some(Duration::from_secs(30 * 86_400)),
             base_current: true,
@@ -608,6 +642,7 @@ mod tests {
             "signed_by: it has no signature; one by release is required\n\
              tests_passed: it has no result of tests\n\
              hygiene_clean: it has no hygiene report\n\
+             converged: it has no proof of convergence\n\
              source: it has no provenance\n\
              max_age: nothing says when it was baked\n\
              base_current: debian-base:12 is sha256:ab… now\n\
@@ -621,18 +656,18 @@ mod tests {
         // Signed by the wrong one of the known keys; statements by the wrong one.
         let unmet = check(&policy, &facts_of(&policy, &account(), 2, Some(1)));
         let names: Vec<_> = unmet.iter().map(|unmet| unmet.condition).collect();
-        assert_eq!(names, ["signed_by", "tests_passed", "hygiene_clean", "source"]);
+        assert_eq!(names, ["signed_by", "tests_passed", "hygiene_clean", "converged", "source"]);
         assert_eq!(unmet[0].why, "no signature by release: it was signed by ci");
         assert!(unmet[1].why.contains("another key than those whose statements count"), "{}", unmet[1]);
         // By nobody, and by a stranger.
         assert!(check(&policy, &facts_of(&policy, &account(), 1, None))[0].why.contains("nobody has signed it"));
         let stranger = check(&policy, &facts_of(&policy, &account(), 9, Some(9)));
-        assert_eq!(stranger.len(), 4);
+        assert_eq!(stranger.len(), 5);
         assert!(stranger[0].why.contains(&key(9).id().to_string()), "{}", stranger[0]);
         // Without `statements_by` every key of the policy will do.
         let any = super::tests::policy(Require { statements_by: Vec::new(), ..all() });
         assert_eq!(check(&any, &facts_of(&any, &account(), 1, Some(1))), []);
-        assert_eq!(check(&any, &facts_of(&any, &account(), 1, None)).len(), 3);
+        assert_eq!(check(&any, &facts_of(&any, &account(), 1, None)).len(), 4);
         // A policy that names no key has nobody to ask.
         let open = Policy { require: Require { tests_passed: true, ..Require::default() }, ..Policy::default() };
         assert_eq!(check(&open, &facts_of(&open, &account(), 1, None)), []);
@@ -659,12 +694,25 @@ mod tests {
         unchecked.hygiene.as_mut().unwrap().checked = false;
         assert_eq!(unmet(&unchecked), "hygiene_clean: the hygiene report says unchecked");
         assert_eq!(unmet(&Account { tests: None, ..account() }), "tests_passed: it has no result of tests");
-        // One that says it failed outweighs any that says it passed.
+        // The newest counts of each suite, and of two at the same time the worse.
         let mut facts = facts_of(&policy, &account(), 1, Some(2));
-        let mut failed = facts.evidence.iter().find(|examined| examined.what.name() == "test-result").unwrap().clone();
-        failed.what = What::Tests("FAILED".into());
-        facts.evidence.push(failed);
-        assert_eq!(said(&check(&policy, &facts)), "tests_passed: the result of tests says failed");
+        let passed = facts.evidence.iter().find(|examined| examined.what.name() == "test-result").unwrap().clone();
+        let with = |result: &str, suite: &str, later: i64| {
+            let What::Tests(verdict) = passed.what.clone() else { unreachable!() };
+            let finished = verdict.finished.map(|time| time + jiff::SignedDuration::from_secs(later));
+            let failed = if result == "FAILED" { vec!["port".to_owned()] } else { Vec::new() };
+            let what = What::Tests(verdict::Verdict { result: result.into(), suite: suite.into(), finished, failed });
+            Examined { what, ..passed.clone() }
+        };
+        facts.evidence.push(with("FAILED", "web", 0));
+        assert_eq!(said(&check(&policy, &facts)), "tests_passed: the result of tests says failed (port)");
+        facts.evidence.push(with("PASSED", "web", 1));
+        assert_eq!(check(&policy, &facts), []);
+        facts.evidence.push(with("FAILED", "smoke", -1));
+        facts.evidence.push(Examined { signers: Vec::new(), ..with("PASSED", "smoke", 1) });
+        assert_eq!(said(&check(&policy, &facts)), "tests_passed: the result of tests says failed (port)", "a stranger's word is none");
+        facts.evidence.push(with("WARNED", "smoke", 2));
+        assert_eq!(said(&check(&policy, &facts)), "tests_passed: the result of tests says warned");
     }
 
     #[test]
@@ -707,7 +755,7 @@ mod tests {
     fn a_policy_is_read() {
         let text = format!(
             "channel = 'web@production'\n[keys]\nrelease = '''\n{}'''\nci = '''{}'''\n[require]\nsigned_by = 'release'\nstatements_by = ['ci']\n\
-             tests_passed = true\nhygiene_clean = true\nsource = ['{REPOSITORY}']\nmax_age = '30d'\nbase_current = true\ncame_through = 'staging'\n",
+             tests_passed = true\nhygiene_clean = true\nconverged = true\nsource = ['{REPOSITORY}']\nmax_age = '30d'\nbase_current = true\ncame_through = 'staging'\n",
             pem(1),
             pem(2)
         );

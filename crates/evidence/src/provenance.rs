@@ -9,6 +9,7 @@ use kiln_model::Digest;
 use kiln_model::account::{Account, StepAccount};
 use serde_json::{Map, Value, json};
 
+use crate::recipe::{self, Recipe};
 use crate::statement::{CLOUD_IMAGE, DISK_DIGEST, STEP_KEY};
 
 /// `buildType` of a bake; described in `docs/evidence.md`.
@@ -130,6 +131,8 @@ pub struct Provenance {
     /// Digest of everything that went into the bake: the same for two bakes of
     /// the same.
     pub definition: Digest,
+    /// How to bake it again.
+    pub recipe: Recipe,
 }
 
 impl Provenance {
@@ -142,17 +145,17 @@ impl Provenance {
             all.find(|dependency| dependency.pointer("/annotations/kind").and_then(Value::as_str) == Some(kind))
         };
         let source = of_kind("source");
-        let base = of_kind("base").and_then(|base| base.pointer(&format!("/digest/{DISK_DIGEST}"))).and_then(Value::as_str);
         let definition = predicate.get("buildDefinition").map(sorted).unwrap_or_default();
         Self {
             build_type: text("/buildDefinition/buildType").unwrap_or_default(),
             repository: text("/buildDefinition/externalParameters/source/repository"),
             commit: source.and_then(|source| source.pointer("/digest/gitCommit")).and_then(Value::as_str).map(ToOwned::to_owned),
             dirty: source.and_then(|source| source.pointer("/annotations/dirty")).and_then(Value::as_bool) != Some(false),
-            base: base.and_then(|hex| format!("sha256:{hex}").parse().ok()),
+            base: of_kind("base").and_then(recipe::base_disk),
             invocation: text("/runDetails/metadata/invocationId"),
             finished: text("/runDetails/metadata/finishedOn").and_then(|time| time.parse().ok()),
             definition: Digest::of(definition.to_string()),
+            recipe: Recipe::read(predicate),
         }
     }
 }
@@ -176,14 +179,34 @@ pub(crate) mod tests {
     use std::collections::BTreeMap;
 
     use kiln_model::Key;
-    use kiln_model::account::{Hygiene, Input, Source, Tests};
+    use kiln_model::account::{Hygiene, Input, Source};
     use kiln_model::key::KeyHasher;
+    use kiln_model::provision::{Case, Outcome};
+    use kiln_model::trial::{Tested, Trial};
 
     use super::*;
     use crate::statement::{self, PROVENANCE};
 
     fn key(name: &str) -> Key {
         KeyHasher::new(name).finish()
+    }
+
+    /// Tests of one case each, and whether they passed.
+    pub(crate) fn trial(suite: &str, tests: &[(&str, bool)]) -> Trial {
+        let tested = |(name, passed): &(&str, bool)| {
+            let outcome = if *passed { Outcome::Passed } else { Outcome::Failed("expected 1, found 2".into()) };
+            let cases = vec![Case { name: (*name).into(), seconds: 0.5, outcome }];
+            Tested {
+                name: (*name).into(),
+                kind: "shell".into(),
+                key: key(name),
+                cases,
+                seconds: 1.0,
+                finished: 1_700_086_400,
+                cached: false,
+            }
+        };
+        Trial { suite: suite.into(), key: key("tests"), tests: tests.iter().map(tested).collect(), seconds: 40.0 }
     }
 
     /// An account of a bake.
@@ -219,6 +242,7 @@ pub(crate) mod tests {
                     cached: true,
                     made: 1_700_000_000,
                     seconds: 12.25,
+                    converged: true,
                 },
                 StepAccount {
                     name: "site".into(),
@@ -228,10 +252,11 @@ pub(crate) mod tests {
                     cached: false,
                     made: 1_700_086_400,
                     seconds: 0.4,
+                    converged: false,
                 },
             ],
             seal: key("seal"),
-            tests: Some(Tests { key: key("tests"), names: vec!["page".into(), "port".into()] }),
+            tests: Some(trial("web", &[("page", true), ("port", true)])),
             hygiene: Some(Hygiene {
                 checked: true,
                 seal_version: "1".into(),

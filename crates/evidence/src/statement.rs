@@ -5,8 +5,11 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use kiln_model::Digest;
-use kiln_model::account::{Account, Hygiene, Tests};
+use kiln_model::account::{Account, Hygiene};
+use kiln_model::provision::Outcome;
+use kiln_model::trial::Trial;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -22,6 +25,9 @@ pub const PROVENANCE: &str = "https://slsa.dev/provenance/v1";
 pub const TEST_RESULT: &str = "https://in-toto.io/attestation/test-result/v0.1";
 /// Predicate type of kiln's hygiene report; described in `docs/evidence.md`.
 pub const HYGIENE: &str = "https://github.com/kiln-images/kiln/attestation/hygiene/v1";
+/// Predicate type of kiln's proof that one run of a tool was enough; described
+/// in `docs/evidence.md`.
+pub const CONVERGENCE: &str = "https://github.com/kiln-images/kiln/attestation/convergence/v1";
 /// Predicate type of a signature in a sigstore bundle: nothing is claimed but
 /// that the key's owner means this image.
 pub const SIGNATURE: &str = "https://sigstore.dev/cosign/sign/v1";
@@ -32,6 +38,8 @@ pub const DISK_DIGEST: &str = "kilnDiskV1";
 /// Key of a digest set under which stands what takes the place of a digest for
 /// an image that a cloud keeps (`kiln_model::image::CloudImage::identity`).
 pub const CLOUD_IMAGE: &str = "kilnCloudImageV1";
+/// Field of a test result that is kiln's own: when it was come to, RFC 3339.
+pub const FINISHED: &str = "finishedOn";
 /// Key of a digest set under which a step's key stands.
 pub const STEP_KEY: &str = "kilnKeyV1";
 
@@ -111,19 +119,37 @@ impl Statement {
 pub fn of(account: &Account) -> Vec<Statement> {
     let about = |kind, predicate| Statement::new(&account.image, Some(format!("{}:{}", account.name, account.version)), kind, predicate);
     let mut statements = vec![about(PROVENANCE, crate::provenance::predicate(account))];
-    statements.extend(account.tests.as_ref().map(|tests| about(TEST_RESULT, test_result(tests))));
+    statements.extend(account.tests.as_ref().map(|trial| about(TEST_RESULT, test_result(trial, account.finished))));
     statements.extend(account.hygiene.as_ref().map(|hygiene| about(HYGIENE, hygiene_report(hygiene, account))));
+    statements.extend(convergence(account).map(|proof| about(CONVERGENCE, proof)));
     statements
 }
 
-/// A bake stores an image only when all its tests have passed.
-fn test_result(tests: &Tests) -> Value {
+/// Which steps were run twice, the second time to see that nothing is left to
+/// change. A bake in which something was left stores no image.
+fn convergence(account: &Account) -> Option<Value> {
+    let converged = account.steps.iter().filter(|step| step.converged);
+    let steps: Vec<Value> =
+        converged.map(|step| json!({ "name": step.name, "provisioner": step.kind, "digest": { STEP_KEY: step.key.hex() } })).collect();
+    let others: Vec<&str> = account.steps.iter().filter(|step| !step.converged).map(|step| step.name.as_str()).collect();
+    (!steps.is_empty()).then(|| json!({ "result": "CONVERGED", "steps": steps, "notTried": others }))
+}
+
+/// What a trial has found, as of `finished` (seconds since 1970).
+pub fn of_trial(image: &Digest, name: String, trial: &Trial, finished: u64) -> Statement {
+    Statement::new(image, Some(name), TEST_RESULT, test_result(trial, finished))
+}
+
+/// The newest one counts, so it says when it was made.
+fn test_result(trial: &Trial, finished: u64) -> Value {
+    let finished = i64::try_from(finished).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
     json!({
-        "result": "PASSED",
-        "configuration": [{ "name": "tests", "digest": { STEP_KEY: tests.key.hex() } }],
-        "passedTests": tests.names,
-        "warnedTests": [],
-        "failedTests": [],
+        "result": trial.verdict().name(),
+        "configuration": [{ "name": trial.suite, "digest": { STEP_KEY: trial.key.hex() } }],
+        FINISHED: finished.map(|time| time.to_string()),
+        "passedTests": trial.names(|outcome| *outcome == Outcome::Passed),
+        "warnedTests": trial.names(|outcome| matches!(outcome, Outcome::Skipped(_))),
+        "failedTests": trial.names(Outcome::failed),
     })
 }
 
@@ -148,8 +174,8 @@ mod tests {
     #[test]
     fn tests_and_hygiene_field_by_field() {
         let account = account();
-        let [_, tests, hygiene] = <[Statement; 3]>::try_from(of(&account)).unwrap();
-        for statement in [&tests, &hygiene] {
+        let [_, tests, hygiene, convergence] = <[Statement; 4]>::try_from(of(&account)).unwrap();
+        for statement in [&tests, &hygiene, &convergence] {
             assert_eq!(statement.kind, "https://in-toto.io/Statement/v1");
             assert_eq!(statement.about(&account.image), Ok(Some("web:1.4.0")));
             let other = Digest::of("other");
@@ -163,7 +189,8 @@ mod tests {
             tests.predicate,
             json!({
                 "result": "PASSED",
-                "configuration": [{ "name": "tests", "digest": { "kilnKeyV1": key } }],
+                "configuration": [{ "name": "web", "digest": { "kilnKeyV1": key } }],
+                "finishedOn": "2023-11-15T22:13:40Z",
                 "passedTests": ["page", "port"], "warnedTests": [], "failedTests": [],
             })
         );
@@ -179,8 +206,25 @@ mod tests {
     }
 
     #[test]
+    fn convergence_field_by_field() {
+        let account = account();
+        let statement = of(&account).pop().unwrap();
+        assert_eq!(statement.predicate_type, "https://github.com/kiln-images/kiln/attestation/convergence/v1");
+        let key = account.steps[0].key.hex();
+        assert_eq!(
+            statement.predicate,
+            json!({
+                "result": "CONVERGED",
+                "steps": [{ "name": "packages", "provisioner": "shell", "digest": { "kilnKeyV1": key } }],
+                "notTried": ["site"],
+            })
+        );
+    }
+
+    #[test]
     fn what_is_not_known_is_not_claimed() {
-        let account = Account { tests: None, hygiene: None, ..account() };
+        let mut account = Account { tests: None, hygiene: None, ..account() };
+        account.steps[0].converged = false;
         let kinds: Vec<String> = of(&account).into_iter().map(|statement| statement.predicate_type).collect();
         assert_eq!(kinds, [PROVENANCE]);
     }

@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use kiln_model::{Code, Error, Result, ResultExt as _};
-pub use reqwest::Url;
 use reqwest::header::{self, HeaderMap};
 use reqwest::redirect::Policy;
 use reqwest::{Certificate, Client, NoProxy, Proxy, StatusCode};
+pub use reqwest::{Error as Broken, Response, Url};
 
 /// A redirect chain longer than this is a loop.
 const REDIRECTS: usize = 10;

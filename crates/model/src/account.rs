@@ -13,6 +13,7 @@ use crate::Digest;
 use crate::error::Result;
 use crate::image::CloudImage;
 use crate::key::Key;
+use crate::trial::Trial;
 
 /// How an image came to be.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,8 +53,8 @@ pub struct Account {
     pub steps: Vec<StepAccount>,
     /// Key of the seal.
     pub seal: Key,
-    /// The tests that the image has passed. None: none were run.
-    pub tests: Option<Tests>,
+    /// What its tests have found. None: none were run.
+    pub tests: Option<Trial>,
     /// What the check of the stopped disk came to. None: not known any more.
     pub hygiene: Option<Hygiene>,
     /// Seconds since 1970 at the bake's beginning.
@@ -101,15 +102,8 @@ pub struct StepAccount {
     pub made: u64,
     /// Seconds it took.
     pub seconds: f64,
-}
-
-/// Tests that were passed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tests {
-    /// Key of all of them, the image included.
-    pub key: Key,
-    /// Their names, in order.
-    pub names: Vec<String>,
+    /// Whether a second run was tried on the same guest, and changed nothing.
+    pub converged: bool,
 }
 
 /// What the check of the stopped disk came to; a bake whose disk was found

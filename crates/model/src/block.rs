@@ -79,6 +79,13 @@ pub trait ImageSink: Send + Sync {
     /// something else; or when it cannot be written.
     fn publish(&self, config: &Config, disks: &[DiskRecord], annotations: &BTreeMap<String, String>) -> Result<Published>;
 
+    /// As [`ImageSink::publish`], without a name: the image is found by its
+    /// digest alone, and `name:version` stays what it is.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn publish_unnamed(&self, config: &Config, disks: &[DiskRecord], annotations: &BTreeMap<String, String>) -> Result<Digest>;
+
     /// Names an image that is there `name:version`, where it is not named so
     /// (any more); gives what that name meant before, when it was something
     /// else.

@@ -9,6 +9,7 @@ use crate::Digest;
 use crate::error::Error;
 use crate::key::Key;
 use crate::secret::Redactor;
+use crate::trial::Tested;
 
 /// Which stretch of a bake something belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -162,6 +163,20 @@ pub enum Event {
     Warning {
         /// One sentence.
         message: String,
+    },
+    /// A test was carried out, or had passed on the same disk before.
+    Tested(Tested),
+    /// An image is in the store whose tests failed: without a name, marked as
+    /// failed.
+    Failed {
+        /// Image name.
+        name: String,
+        /// Image version, which may be another image's.
+        version: String,
+        /// Digest of the manifest.
+        digest: Digest,
+        /// Digest of the root disk.
+        disk_digest: Option<Digest>,
     },
     /// An image is in the store.
     Baked(Baked),

@@ -77,6 +77,14 @@ pub struct StepRecord {
     pub seconds: f64,
 }
 
+impl Record {
+    /// What results of tests are kept by: the digest of its root disk, or what
+    /// stands for it.
+    pub fn tested_disk(&self) -> Option<Digest> {
+        self.disk.or_else(|| self.cloud.first().map(CloudImage::identity))
+    }
+}
+
 impl StepRecord {
     /// How long ago it really ran.
     pub fn age(&self, now: SystemTime) -> Duration {

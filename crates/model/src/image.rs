@@ -73,6 +73,9 @@ pub struct Config {
     /// are listed only if their blocks were read back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cloud: Vec<CloudImage>,
+    /// Paths that its machines may change (`[drift] mutable`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mutable: Vec<String>,
 }
 
 /// An image that a cloud keeps. Clouds never change one under its id, so the

@@ -36,6 +36,7 @@ pub mod reference;
 pub mod secret;
 pub mod settings;
 pub mod tree;
+pub mod trial;
 
 pub use digest::Digest;
 pub use error::{Code, Error, Result, ResultExt};

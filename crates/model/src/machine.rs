@@ -310,6 +310,9 @@ pub struct Entry {
     /// whatever disk they are. The other way round nothing follows. `None`
     /// where it is not known.
     pub place: Option<Digest>,
+    /// The first byte of the disk that holds some of it: who reads many files
+    /// reads neighbours one after another. 0 where it is not known.
+    pub position: u64,
 }
 
 /// A walk through the files of a disk.

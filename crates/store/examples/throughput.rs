@@ -184,6 +184,7 @@ fn take_in(disk: &Path, store: &Store, parents: &[DiskRecord]) -> Result {
         commit: None,
         labels: BTreeMap::new(),
         cloud: Vec::new(),
+        mutable: Vec::new(),
     };
     store.publish_as(&Publish { config: &config, disks: &[record], annotations: &BTreeMap::new(), tags: &[] })?;
     Ok(())

@@ -171,6 +171,10 @@ impl ImageSink for Store {
         Ok(Published { digest: named.digest, moved_from: named.moved.first().map(|moved| moved.from) })
     }
 
+    fn publish_unnamed(&self, config: &Config, disks: &[DiskRecord], annotations: &BTreeMap<String, String>) -> Result<Digest> {
+        self.publish_quietly(&Publish { config, disks, annotations, tags: &[] })
+    }
+
     fn base(&self, disk: &Digest) -> Result<Option<DiskRecord>> {
         self.find_disk(disk)
     }
@@ -189,6 +193,7 @@ impl ImageSink for Store {
             commit: None,
             labels: BTreeMap::from([("label".to_owned(), label.to_owned())]),
             cloud: Vec::new(),
+            mutable: Vec::new(),
         };
         let annotations = BTreeMap::from([(KIND.to_owned(), KIND_BASE.to_owned())]);
         self.import(base.file()?, &config, &annotations, progress).map(|(_, record)| record)

@@ -86,6 +86,19 @@ impl Store {
     /// [`Code::Usage`] when a name or tag is none, [`Code::Corrupt`] when a
     /// blob of the disks is missing.
     pub fn publish_as(&self, publish: &Publish<'_>) -> Result<Named> {
+        self.publish_with(publish, true)
+    }
+
+    /// As [`Store::publish_as`], but nothing points to the image: it is found by
+    /// its digest, until `prune`.
+    ///
+    /// # Errors
+    /// As [`Store::publish_as`].
+    pub fn publish_quietly(&self, publish: &Publish<'_>) -> Result<Digest> {
+        self.publish_with(publish, false).map(|named| named.digest)
+    }
+
+    fn publish_with(&self, publish: &Publish<'_>, named: bool) -> Result<Named> {
         let Publish { config, disks, .. } = publish;
         check_name(&config.name).map_err(|why| usage(&format!("`{}` cannot name an image: {why}", config.name)))?;
         for tag in std::iter::once(&config.version).chain(publish.tags) {
@@ -128,6 +141,13 @@ impl Store {
             }
             if publish.annotations.get(KIND).is_some_and(|kind| kind == KIND_BASE) {
                 entry.annotations.insert(KIND.into(), KIND_BASE.into());
+            }
+            if !named {
+                // What has a name already keeps it.
+                if existing.is_none() {
+                    index.manifests.push(entry.clone());
+                }
+                return Ok(Named { digest: entry.digest, existed: existing.is_some(), moved: Vec::new() });
             }
             let names = std::iter::once(&config.version).chain(publish.tags).map(|tag| format!("{}:{tag}", config.name));
             let mut moved = Vec::new();

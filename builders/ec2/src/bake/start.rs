@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use kiln_disk::process::{self, Child};
 use kiln_model::base::{Base, BaseDisk};
 use kiln_model::guest::Guest;
 use kiln_model::machine::{Context, Start};
 use kiln_model::{Code, Digest, Error, Result, ResultExt as _};
+use kiln_process::{self as process, Child};
 use kiln_ssh::{Keys, Target};
 
 use super::base::architecture;

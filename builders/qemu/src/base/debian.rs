@@ -23,11 +23,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kiln_disk::process;
 use kiln_model::cleanup::remove_path;
 use kiln_model::ledger::Resource;
 use kiln_model::machine::Context;
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use kiln_process as process;
 
 use super::Site;
 use super::layout::{self, BootImages};

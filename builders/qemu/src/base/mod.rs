@@ -11,11 +11,12 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_disk::{process, qemu_img};
+use kiln_disk::qemu_img;
 use kiln_model::base::{BaseSource, DiskFile, DiskFormat};
 use kiln_model::image::Firmware;
 use kiln_model::kind::Kind;
 use kiln_model::{Code, Error, Result, ResultExt as _};
+use kiln_process as process;
 
 mod cache;
 mod checksum;

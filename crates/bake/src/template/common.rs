@@ -1,13 +1,14 @@
 //! The common keys of `[[provision]]` and `[[test]]`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use kiln_model::provision::Common;
 use kiln_model::settings::{Node, Place, Reader, Value, nearest, wrong_type};
 
-use super::Cache;
 use super::load::Loader;
+use super::{Boot, Cache};
 
 /// Architectures in OCI's words.
 const ARCHITECTURES: [&str; 7] = ["amd64", "arm64", "386", "arm", "ppc64le", "riscv64", "s390x"];
@@ -19,6 +20,8 @@ pub(super) struct Settings {
     pub(super) name: Option<(String, Place)>,
     pub(super) cache: Option<Cache>,
     pub(super) checkpoint: bool,
+    pub(super) boot: Boot,
+    pub(super) user_data: Option<Vec<u8>>,
     env: BTreeMap<String, String>,
     secrets: Vec<String>,
     user: Option<String>,
@@ -42,8 +45,8 @@ impl Settings {
 
 impl Loader<'_> {
     /// Reads the common keys of an expanded table, and whether `only` lets the
-    /// step run.
-    pub(super) fn settings(&mut self, node: &Node) -> (Settings, bool) {
+    /// step run. Paths are relative to `folder`.
+    pub(super) fn settings(&mut self, node: &Node, folder: &Path) -> (Settings, bool) {
         let mut settings = Settings { checkpoint: true, ..Settings::default() };
         let Some(mut reader) = Reader::new(node, "the step", &mut self.problems) else { return (settings, true) };
         if let Some(entry) = reader.entry("name")
@@ -92,6 +95,24 @@ impl Loader<'_> {
         settings.retries = reader.integer("retries", &mut self.problems).map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
         settings.checkpoint = reader.boolean("checkpoint", &mut self.problems).unwrap_or(true);
         settings.cache = reader.entry("cache").and_then(|entry| self.cache_policy(entry, true));
+        if let Some(entry) = reader.entry("boot") {
+            let known = [Boot::First, Boot::Again, Boot::Both];
+            let wanted = if let Value::String(text) = &entry.node.value { text.as_str() } else { "" };
+            match known.into_iter().find(|boot| boot.name() == wanted) {
+                Some(boot) => settings.boot = boot,
+                None => {
+                    let problem = self.problems.add(entry.node.place, "`boot` says on which boots of the image a test runs");
+                    problem.help("write \"first\", \"again\" (after a reboot) or \"both\"");
+                }
+            }
+        }
+        let place = reader.entry("user_data").map(|entry| entry.node.place);
+        if let (Some(place), Some(path)) = (place, reader.existing_path("user_data", folder, &mut self.problems)) {
+            match std::fs::read(&path) {
+                Ok(bytes) => settings.user_data = Some(bytes),
+                Err(error) => drop(self.problems.add(place, format!("cannot read {}: {error}", path.display()))),
+            }
+        }
         let matches = reader.entry("only").is_none_or(|entry| self.only(&entry.node));
         (settings, matches)
     }

@@ -13,7 +13,7 @@ use super::variables::Scope;
 use super::{FILE_NAME, Inputs, Kinds, Mistakes, Template};
 
 /// The tables of a template.
-const TABLES: [&str; 9] = ["image", "base", "disk", "variables", "builder", "provision", "test", "seal", "cache"];
+const TABLES: [&str; 10] = ["image", "base", "disk", "variables", "builder", "provision", "test", "seal", "drift", "cache"];
 /// Names that a later version will give a meaning.
 pub(super) const RESERVED: [&str; 4] = ["matrix", "locals", "when", "publish"];
 /// What people may look for here but find in `/etc/kiln/config.toml`.
@@ -60,6 +60,7 @@ pub(super) fn load(path: &Path, inputs: &Inputs, kinds: &Kinds<'_>) -> Result<Te
     }
     let disk_size = loader.disk(root.get("disk"));
     let keep = loader.keep(root.get("seal"));
+    let mutable = loader.mutable(root.get("drift"));
     let (max_age, trusted) = loader.cache(root.get("cache"), &folder);
     let steps = loader.steps(&root, &path, Section::Provision, max_age);
     let tests = loader.steps(&root, &path, Section::Test, max_age);
@@ -95,6 +96,7 @@ pub(super) fn load(path: &Path, inputs: &Inputs, kinds: &Kinds<'_>) -> Result<Te
             steps,
             tests,
             keep,
+            mutable,
             max_age,
             trusted,
             secrets,

@@ -60,6 +60,8 @@ pub const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 pub struct Kinds<'a> {
     /// What may name a step.
     pub provisioners: &'a [Box<dyn Kind<dyn Provisioner>>],
+    /// What may name a test.
+    pub tests: &'a [Box<dyn Kind<dyn Provisioner>>],
     /// What may be a `[builder.NAME]`'s type.
     pub builders: &'a [Box<dyn Kind<dyn Builder>>],
     /// What may stand in `[base]`.
@@ -144,6 +146,8 @@ pub struct Template {
     pub tests: Vec<StepSpec>,
     /// `[seal] keep`: absolute paths in the guest.
     pub keep: Vec<String>,
+    /// `[drift] mutable`: paths in the guest, and patterns of paths.
+    pub mutable: Vec<String>,
     /// `[cache] max_age`, already applied to the steps.
     pub max_age: Cache,
     /// `[cache] trusted`: files of the public keys whose checkpoints may be
@@ -167,8 +171,43 @@ pub struct StepSpec {
     pub cache: Cache,
     /// Whether a checkpoint may be kept after it (`checkpoint = false`).
     pub checkpoint: bool,
+    /// On which boots of the finished image a test runs.
+    pub boot: Boot,
+    /// What the machine of a test is given as user data.
+    pub user_data: Option<Vec<u8>>,
     /// Where it stands in the template.
     pub place: Place,
+}
+
+/// On which boots of the finished image a test runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Boot {
+    /// On its first one.
+    #[default]
+    First,
+    /// After a reboot of the same machine.
+    Again,
+    /// On both.
+    Both,
+}
+
+impl Boot {
+    /// As a template has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Again => "again",
+            Self::Both => "both",
+        }
+    }
+
+    pub(crate) fn is_first(self) -> bool {
+        self != Self::Again
+    }
+
+    pub(crate) fn is_again(self) -> bool {
+        self != Self::First
+    }
 }
 
 /// Whether and how long a cached step may be used.

@@ -4,19 +4,20 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use kiln_model::kind::Kind;
 use kiln_model::provision::Provisioner;
 use kiln_model::settings::{Entry, Node, Place, Table, Value, existing_path, nearest, unknown_key, wrong_type};
 
 use super::common::Settings;
 use super::load::{self, Loader, RESERVED};
-use super::{Cache, StepSpec};
+use super::{Cache, Kinds, StepSpec};
 
 /// The keys of a `[[test]]` beside its provisioner.
 const TEST_KEYS: [&str; 7] = ["name", "env", "secrets", "user", "timeout", "retries", "only"];
 /// Those that only a `[[provision]]` has.
 const STEP_KEYS: [&str; 3] = ["cache", "checkpoint", "include"];
-/// What a test can be, for now.
-const TEST_KIND: &str = "shell";
+/// Those that only a `[[test]]` has.
+const TRIAL_KEYS: [&str; 2] = ["boot", "user_data"];
 
 /// Which list of steps is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +40,16 @@ impl Section {
         format!("[[{}]]", self.key())
     }
 
+    /// What one of its tables may name.
+    fn kinds<'a>(self, kinds: &Kinds<'a>) -> &'a [Box<dyn Kind<dyn Provisioner>>] {
+        match self {
+            Self::Provision => kinds.provisioners,
+            Self::Test => kinds.tests,
+        }
+    }
+
     fn common_keys(self) -> Vec<&'static str> {
-        let more: &[&str] = if self == Self::Provision { &STEP_KEYS } else { &[] };
+        let more: &[&str] = if self == Self::Provision { &STEP_KEYS } else { &TRIAL_KEYS };
         TEST_KEYS.iter().chain(more).copied().collect()
     }
 
@@ -105,18 +114,19 @@ impl Loader<'_> {
             return;
         }
         let section = reading.section;
-        let kinds = self.kinds.provisioners;
+        let kinds = section.kinds(&self.kinds);
         let common = section.common_keys();
-        let named: Vec<&Entry> = table.entries.iter().filter(|entry| kinds.iter().any(|kind| kind.name() == entry.name)).collect();
+        let known = |name: &str| self.kinds.provisioners.iter().chain(self.kinds.tests).any(|kind| kind.name() == name);
+        let named: Vec<&Entry> = table.entries.iter().filter(|entry| known(&entry.name)).collect();
         self.check_keys(table, place, section, &common, &named);
 
         let mut settings = Table::default();
         for entry in table.entries.iter().filter(|entry| common.contains(&entry.name.as_str())) {
-            let text = matches!(entry.name.as_str(), "name" | "user");
+            let text = matches!(entry.name.as_str(), "name" | "user" | "user_data");
             let node = if text { self.scope.expand_as_text(&entry.node) } else { self.scope.expand(&entry.node, &[]) };
             settings.entries.push(Entry { node, ..entry.clone() });
         }
-        let (settings, matches) = self.settings(&Node { value: Value::Table(settings), place });
+        let (settings, matches) = self.settings(&Node { value: Value::Table(settings), place }, folder);
 
         let [entry] = named[..] else {
             named.iter().for_each(|entry| self.scope.note_uses(&entry.node));
@@ -132,10 +142,9 @@ impl Loader<'_> {
     /// Complains about keys that mean nothing, and about more or less than one
     /// provisioner.
     fn check_keys(&mut self, table: &Table, place: Place, section: Section, common: &[&'static str], named: &[&Entry]) {
-        let kinds = self.kinds.provisioners;
+        let kinds = section.kinds(&self.kinds);
         let what = section.what();
-        let allowed = |kind: &str| section == Section::Provision || kind == TEST_KIND;
-        let names: Vec<&str> = kinds.iter().map(|kind| kind.name()).filter(|name| allowed(name)).collect();
+        let names: Vec<&str> = kinds.iter().map(|kind| kind.name()).collect();
         // An unknown key that is nearly a provisioner's name is the mistake;
         // that no provisioner is there then only follows from it.
         let mut misspelt = false;
@@ -147,7 +156,7 @@ impl Loader<'_> {
             self.scope.note_uses(&entry.node);
             if RESERVED.contains(&name) {
                 load::reserved(entry, &mut self.problems);
-            } else if STEP_KEYS.contains(&name) {
+            } else if STEP_KEYS.contains(&name) || TRIAL_KEYS.contains(&name) {
                 self.problems.add(entry.place, format!("`{name}` means nothing in a {what}"));
             } else if let Some(owner) =
                 kinds.iter().find(|kind| kind.keys().contains(&name) && named.first().is_none_or(|named| named.name == kind.name()))
@@ -169,8 +178,11 @@ impl Loader<'_> {
                     .label(format!("`{}` is one already", first.name))
                     .help(format!("a step of its own begins with {what}"));
             }
-            for entry in named.iter().filter(|entry| !allowed(&entry.name)) {
-                self.problems.add(entry.place, format!("a test can only be a `{TEST_KIND}` for now"));
+            for entry in named.iter().filter(|entry| !names.contains(&entry.name.as_str())) {
+                let not = if section == Section::Test { "no test" } else { "a test, and no step" };
+                self.problems
+                    .add(entry.place, format!("`{}` is {not}", entry.name))
+                    .help(format!("a {what} is one of: {}", names.join(", ")));
             }
         } else if !misspelt {
             self.problems.add(place, format!("this {what} does not say what to do")).help(format!("exactly one of: {}", names.join(", ")));
@@ -253,9 +265,15 @@ impl Loader<'_> {
             };
             if let Some(provisioner) = draft.provisioner.filter(|_| draft.kept) {
                 let common = draft.settings.common(name);
+                for secret in provisioner.secrets().into_iter().filter(|secret| !common.secrets.iter().any(|own| own == secret)) {
+                    self.problems
+                        .add(draft.place, format!("`{}` uses the secret `{secret}`, which the step does not get", provisioner.kind()))
+                        .help(format!("write secrets = [\"{secret}\"] above, into [[provision]]"));
+                }
                 let cache = draft.settings.cache.unwrap_or(max_age);
                 let cache = if provisioner.takes_out() { Cache::Never } else { cache };
-                steps.push(StepSpec { common, provisioner, cache, checkpoint: draft.settings.checkpoint, place: draft.place });
+                let Settings { checkpoint, boot, user_data, .. } = draft.settings;
+                steps.push(StepSpec { common, provisioner, cache, checkpoint, boot, user_data, place: draft.place });
             }
         }
         steps

@@ -202,15 +202,27 @@ impl Loader<'_> {
 
     /// `[seal] keep`.
     pub(super) fn keep(&mut self, seal: Option<&Entry>) -> Vec<String> {
-        let Some(seal) = seal else { return Vec::new() };
-        let node = self.expanded(seal);
-        let Some(mut reader) = Reader::new(&node, "[seal]", &mut self.problems) else { return Vec::new() };
-        let keep = reader.strings("keep", &mut self.problems).unwrap_or_default();
+        self.guest_paths(seal, "[seal]", "keep", "/home/deploy/.ssh")
+    }
+
+    /// `[drift] mutable`.
+    pub(super) fn mutable(&mut self, drift: Option<&Entry>) -> Vec<String> {
+        self.guest_paths(drift, "[drift]", "mutable", "/var/lib/app")
+    }
+
+    /// A table whose only key names paths in the guest.
+    fn guest_paths(&mut self, entry: Option<&Entry>, table: &'static str, key: &'static str, example: &str) -> Vec<String> {
+        let Some(entry) = entry else { return Vec::new() };
+        let node = self.expanded(entry);
+        let Some(mut reader) = Reader::new(&node, table, &mut self.problems) else { return Vec::new() };
+        let written = reader.strings(key, &mut self.problems).unwrap_or_default();
         reader.finish(&mut self.problems);
         let mut paths: Vec<String> = Vec::new();
-        for (path, place) in keep {
-            let good =
-                path.starts_with('/') && path != "/" && !path.split('/').any(|part| part == ".." || part == ".") && !path.contains('\0');
+        for (path, place) in written {
+            let good = path.starts_with('/')
+                && !path.trim_matches('/').is_empty()
+                && !path.split('/').any(|part| part == ".." || part == ".")
+                && !path.contains('\0');
             if good {
                 let path = path.split('/').filter(|part| !part.is_empty()).fold(String::new(), |path, part| path + "/" + part);
                 if !paths.contains(&path) {
@@ -218,8 +230,8 @@ impl Loader<'_> {
                 }
             } else {
                 self.problems
-                    .add(place, "`keep` names absolute paths in the guest, without `.` and `..`")
-                    .help("for example keep = [\"/home/deploy/.ssh\"]");
+                    .add(place, format!("`{key}` names absolute paths in the guest, without `.` and `..`"))
+                    .help(format!("for example {key} = [\"{example}\"]"));
             }
         }
         paths

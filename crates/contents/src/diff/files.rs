@@ -127,7 +127,7 @@ impl FileFacts {
 }
 
 /// An attribute's value: labels are text, capabilities are not.
-fn readable(value: &[u8]) -> String {
+pub(crate) fn readable(value: &[u8]) -> String {
     let text = value.strip_suffix(&[0]).unwrap_or(value);
     if text.iter().all(|byte| (0x20..0x7f).contains(byte)) { text::shown(text) } else { format!("0x{}", kiln_model::digest::hex(value)) }
 }
@@ -275,7 +275,7 @@ fn noise(path: &[u8]) -> Option<GroupName> {
 }
 
 /// The order of a walk: names one by one, since `/` sorts after `-` and `.`.
-fn order(a: &[u8], b: &[u8]) -> Ordering {
+pub(crate) fn order(a: &[u8], b: &[u8]) -> Ordering {
     a.split(|byte| *byte == b'/').cmp(b.split(|byte| *byte == b'/'))
 }
 

@@ -10,7 +10,7 @@
 
 pub(crate) mod config;
 mod files;
-mod packages;
+pub(crate) mod packages;
 pub(crate) mod table;
 
 use kiln_model::machine::Files;
@@ -20,6 +20,7 @@ use serde_json::Value;
 
 pub use config::Field;
 pub use files::{Change, FileChange, FileFacts, FileKindName, Group, GroupName, What};
+pub(crate) use files::{order, readable};
 pub use packages::{PackageChange, PackageChangeKind};
 pub use table::table;
 

@@ -50,7 +50,7 @@ type Sides<'a> = (Vec<&'a Package>, Vec<&'a Package>);
 /// What differs, in the order of name, kind and architecture. A name may be
 /// there in several versions at once (kernels of rpm): those that both have are
 /// the same, and only a single one left on each side is an upgrade.
-pub(super) fn compare(from: &[Package], to: &[Package]) -> Vec<PackageChange> {
+pub(crate) fn compare(from: &[Package], to: &[Package]) -> Vec<PackageChange> {
     let mut all: BTreeMap<(&str, Kind, &str), Sides<'_>> = BTreeMap::new();
     for package in from {
         all.entry((&package.name, package.kind, &package.arch)).or_default().0.push(package);

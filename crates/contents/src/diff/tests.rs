@@ -302,7 +302,7 @@ fn a_file_system_without_extents_gives_the_same_walk() {
     let (by_inode, by_name) = (walk(&new), walk(&old));
     assert!(by_inode.iter().any(|entry| entry.place.is_some()) && by_name.iter().all(|entry| entry.place.is_none()));
     let without_place = |entries: Vec<kiln_model::machine::Entry>| -> Vec<_> {
-        entries.into_iter().map(|entry| kiln_model::machine::Entry { place: None, attributes: None, ..entry }).collect()
+        entries.into_iter().map(|entry| kiln_model::machine::Entry { place: None, position: 0, attributes: None, ..entry }).collect()
     };
     assert_eq!(without_place(by_inode), without_place(by_name));
 }

@@ -16,7 +16,7 @@ pub(super) fn read(files: &dyn Files, depth: Depth) -> Result<Vec<Package>> {
     }
 }
 
-fn parse(bytes: &[u8], depth: Depth) -> Vec<Package> {
+pub(crate) fn parse(bytes: &[u8], depth: Depth) -> Vec<Package> {
     let mut packages = Vec::new();
     let mut package = Package::new(Kind::Apk, "", "", "");
     let mut folder: Vec<u8> = Vec::new();

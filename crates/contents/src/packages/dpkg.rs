@@ -45,7 +45,7 @@ pub(super) fn read_files<'a>(files: &dyn Files, packages: impl Iterator<Item = &
 
 /// The packages of a status file that are on the disk: unpacked ones too, but
 /// not those of which only the configuration stayed.
-fn parse(bytes: &[u8]) -> Vec<Package> {
+pub(crate) fn parse(bytes: &[u8]) -> Vec<Package> {
     let text = String::from_utf8_lossy(bytes);
     let mut packages = Vec::new();
     let mut fields: Vec<(String, String)> = Vec::new();

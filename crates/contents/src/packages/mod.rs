@@ -9,8 +9,8 @@
 //! An image may have several, and all are read: a Debian image with rpm's tools
 //! on it has an rpm database too.
 
-mod apk;
-mod dpkg;
+pub(crate) mod apk;
+pub(crate) mod dpkg;
 mod os_release;
 mod rpm;
 
@@ -119,7 +119,7 @@ pub struct Inventory {
 
 /// Whether the files of packages are wanted too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Depth {
+pub(crate) enum Depth {
     Packages,
     Files,
 }

@@ -88,6 +88,7 @@ pub(crate) fn config(name: &str, version: &str, disks: &[DiskRecord]) -> Config 
         commit: None,
         labels: BTreeMap::from([("team".to_owned(), "shop".to_owned())]),
         cloud: Vec::new(),
+        mutable: Vec::new(),
     }
 }
 

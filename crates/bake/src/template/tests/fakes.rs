@@ -16,6 +16,7 @@ use crate::template::Kinds;
 
 pub(crate) struct Fakes {
     provisioners: Vec<Box<dyn Kind<dyn Provisioner>>>,
+    tests: Vec<Box<dyn Kind<dyn Provisioner>>>,
     builders: Vec<Box<dyn Kind<dyn Builder>>>,
     bases: Vec<Box<dyn Kind<dyn BaseSource>>>,
 }
@@ -24,6 +25,7 @@ impl Default for Fakes {
     fn default() -> Self {
         Self {
             provisioners: vec![Box::new(Shell), Box::new(File)],
+            tests: vec![Box::new(Shell)],
             builders: vec![Box::new(Virtual("qemu")), Box::new(Virtual("ec2"))],
             bases: vec![Box::new(Distribution("debian")), Box::new(Distribution("url"))],
         }
@@ -32,7 +34,7 @@ impl Default for Fakes {
 
 impl Fakes {
     pub(crate) fn kinds(&self) -> Kinds<'_> {
-        Kinds { provisioners: &self.provisioners, builders: &self.builders, bases: &self.bases }
+        Kinds { provisioners: &self.provisioners, tests: &self.tests, builders: &self.builders, bases: &self.bases }
     }
 }
 

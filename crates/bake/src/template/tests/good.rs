@@ -6,7 +6,7 @@ use kiln_model::Digest;
 
 use super::fakes::made_of;
 use super::{Bench, HEAD};
-use crate::template::{Cache, INIT_TEMPLATE};
+use crate::template::{Boot, Cache, INIT_TEMPLATE};
 
 #[test]
 fn the_template_of_init() {
@@ -25,7 +25,8 @@ fn the_common_keys_and_their_defaults() {
     let template = Bench::new(&format!(
         "{HEAD}labels = 'of base'\n[[provision]]\nshell = 'a'\n[[provision]]\nname = 'b'\nuser = 'deploy'\ntimeout = '5m'\nretries = 2\n\
          cache = '24h'\ncheckpoint = false\nshell = 'b'\n[[provision]]\nshell = 'c'\ncache = false\n[[provision]]\nshell = 'd'\ncache = 'forever'\n\
-         [[test]]\nshell = 't'\n[cache]\nmax_age = '3d'\ntrusted = ['keys/ci.pub']\n[seal]\nkeep = ['/home//deploy/.ssh/']"
+         [[test]]\nshell = 't'\n[cache]\nmax_age = '3d'\ntrusted = ['keys/ci.pub']\n[seal]\nkeep = ['/home//deploy/.ssh/']\n\
+         [drift]\nmutable = ['/var/lib/app/', '/etc/app/*.db']"
     ).replace("labels = 'of base'\n", ""))
     .good();
     let names: Vec<&str> = template.steps.iter().map(|step| step.common.name.as_str()).collect();
@@ -38,6 +39,7 @@ fn the_common_keys_and_their_defaults() {
     assert!(!b.checkpoint && template.steps[0].checkpoint);
     assert_eq!(template.tests[0].common.name, "test-1");
     assert_eq!(template.keep, ["/home/deploy/.ssh"]);
+    assert_eq!(template.mutable, ["/var/lib/app", "/etc/app/*.db"]);
     assert_eq!(template.trusted, [template.folder.join("keys/ci.pub")]);
     assert_eq!((template.builder_name.as_str(), template.builder.kind(), template.disk_size), ("qemu", "qemu", None));
     assert_eq!(template.base.label(), "debian bookworm");
@@ -231,4 +233,17 @@ fn what_provenance_tells_of_a_template() {
     let bench = bench.file("common/more.toml", "[[provision]]\nshell = 'z'\n");
     let source = crate::template::repository(bench.path(), commit).unwrap();
     assert_eq!((source.folder.as_str(), source.repository.as_deref(), source.dirty), ("", Some("https://git.example/acme/shop"), true));
+}
+
+#[test]
+fn the_boots_and_the_user_data_of_tests() {
+    let text = format!(
+        "{HEAD}[variables]\nwhere = 'data'\n[[test]]\nshell = 'a'\n[[test]]\nshell = 'b'\nboot = 'both'\nuser_data = '{{{{ var.where }}}}/user.yaml'\n\
+         [[test]]\nshell = 'c'\nboot = 'again'"
+    );
+    let template = Bench::new(&text).file("data/user.yaml", "#cloud-config\n").good();
+    let boots: Vec<Boot> = template.tests.iter().map(|test| test.boot).collect();
+    assert_eq!(boots, [Boot::First, Boot::Both, Boot::Again]);
+    let data: Vec<Option<&[u8]>> = template.tests.iter().map(|test| test.user_data.as_deref()).collect();
+    assert_eq!(data, [None, Some(b"#cloud-config\n".as_slice()), None]);
 }

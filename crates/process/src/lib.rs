@@ -409,6 +409,7 @@ pub fn install_hint(program: &str) -> Option<&'static str> {
         "newuidmap" | "newgidmap" => "apt-get install uidmap",
         "unshare" => "apt-get install util-linux",
         "ssh" => "apt-get install openssh-client",
+        "ansible-playbook" => "apt-get install ansible-core",
         _ => return None,
     })
 }
@@ -493,5 +494,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-#[path = "process_tests.rs"]
 mod tests;
