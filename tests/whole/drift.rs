@@ -294,8 +294,10 @@ fn after_a_reboot_an_untouched_machine_is_what_was_baked() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let guest = Guest::start(&kiln, "drifter", &folder.path().join("log"));
     let boot = || {
-        let output =
-            Command::new("ssh").args(&guest.arguments).args(["-o", "ConnectTimeout=20", "cat /proc/sys/kernel/random/boot_id"]).output();
+        let output = Command::new("ssh")
+            .args(&guest.arguments)
+            .args(["-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=5", "cat /proc/sys/kernel/random/boot_id"])
+            .output();
         String::from_utf8_lossy(&output.unwrap().stdout).trim().to_owned()
     };
     let first = boot();
