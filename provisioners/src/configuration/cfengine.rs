@@ -102,13 +102,13 @@ impl Cfengine {
 
     /// The run; `how` is `run` or `dry`.
     fn script(&self, folder: &str, how: &str) -> String {
-        let file = quote(&format!("{folder}/work/inputs/{}", self.entry()));
+        let file = quote(&format!("{folder}/cf/inputs/{}", self.entry()));
         let classes = if self.classes.is_empty() { String::new() } else { format!(" --define {}", self.classes.join(",")) };
         let dry = if how == "dry" { " --dry-run" } else { "" };
         // Where cf-agent takes a policy for broken, it runs one of its own
         // that asks a server for a better one: so it is checked beforehand.
         format!(
-            "w={folder}/work
+            "w={folder}/cf
 agent=$(command -v cf-agent || command -v /var/cfengine/bin/cf-agent)
 bin=$(dirname \"$(readlink -f \"$agent\")\")
 mkdir -p $w/state $w/outputs $w/modules
@@ -157,10 +157,10 @@ impl Tool for Cfengine {
     }
 
     fn inputs(&self) -> Vec<Input> {
-        let to = if self.policy.is_dir() { "work/inputs".into() } else { format!("work/inputs/{}", last_part(&self.policy)) };
+        let to = if self.policy.is_dir() { "cf/inputs".into() } else { format!("cf/inputs/{}", last_part(&self.policy)) };
         let mut inputs = vec![Input { from: self.policy.clone(), to }];
         if let Some(data) = &self.data {
-            inputs.push(Input { from: data.clone(), to: "work/inputs/def.json".into() });
+            inputs.push(Input { from: data.clone(), to: "cf/inputs/def.json".into() });
         }
         inputs
     }
