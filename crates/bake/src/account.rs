@@ -14,9 +14,9 @@ use kiln_model::history::Record;
 use kiln_model::machine::Context;
 use kiln_model::trial::Trial;
 
-use crate::bake::since_1970;
 use crate::plan::{Plan, SEAL_VERSION};
 use crate::seal;
+use crate::since_1970;
 use crate::template::{self, Template};
 
 /// Gathers what is told when the image is there.

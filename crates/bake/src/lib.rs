@@ -21,7 +21,7 @@ pub mod trial;
 
 pub use bake::{FindImage, OnFailure, OpenShell, Options, Stores, bake, shell};
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln_model::guest::{Command, Guest, GuestExt as _};
 use kiln_model::{Result, ResultExt as _};
@@ -29,6 +29,11 @@ use kiln_model::{Result, ResultExt as _};
 /// Runs what would block a task for long on a thread of its own.
 async fn blocking<T: Send + 'static>(what: &str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.trying(|| what.to_owned())?
+}
+
+/// Seconds since 1970.
+fn since_1970(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Waits until the guest has started what it starts at boot: a guest answers

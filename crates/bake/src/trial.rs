@@ -22,9 +22,10 @@ use kiln_model::provision::{Case, Outcome};
 use kiln_model::trial::{Results, Tested, Trial};
 use kiln_model::{Code, Digest, Error, Key, Result};
 
-use crate::bake::{Stores, since_1970};
+use crate::bake::Stores;
 use crate::plan::{Plan, all_tests, test_keys};
 use crate::resume::Found;
+use crate::since_1970;
 use crate::step;
 use crate::template::{Boot, StepSpec, Template};
 
