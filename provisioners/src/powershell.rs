@@ -23,7 +23,7 @@ use kiln_model::{Code, Digest, Error, Result};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWriteExt as _, BufReader};
 use tokio::sync::mpsc;
 
-use crate::settings::finish;
+use crate::settings::{finish, script};
 use crate::shell::nonce;
 
 /// Lines of standard error shown with a failure.
@@ -76,24 +76,11 @@ impl Kind<dyn Provisioner> for PowershellKind {
 
 fn read_table(settings: &Node, keys: &[&str], folder: &Path, problems: &mut Problems) -> Option<Powershell> {
     let mut reader = Reader::new(settings, "[provision.powershell]", problems)?;
-    let inline = reader.string("inline", problems);
-    let file = reader.entry("script").map(|entry| entry.node.place);
-    let path = reader.existing_path("script", folder, problems);
-    let script = match (inline, file) {
-        (Some(_), Some(place)) => {
-            problems.add(place, "`inline` and `script` exclude each other").help("keep one of them");
-            None
-        }
-        (Some(text), None) => Some(text.to_owned()),
-        (None, Some(place)) => path.and_then(|path| {
-            let read = std::fs::read_to_string(&path);
-            read.map_err(|error| problems.add(place, format!("cannot read {}: {error}", path.display())).place).ok()
-        }),
-        (None, None) => {
-            problems.add(reader.place(), "[provision.powershell] needs `inline` or `script`");
-            None
-        }
-    };
+    let file = reader.entry("script").map_or(settings.place, |entry| entry.node.place);
+    let script = script(&mut reader, "[provision.powershell]", folder, problems).and_then(|script| {
+        let text = String::from_utf8(script);
+        text.map_err(|_| problems.add(file, "the script is not in UTF-8").help("save it as UTF-8").place).ok()
+    });
     let place = reader.entry("program").map_or(settings.place, |entry| entry.node.place);
     let program = reader.string("program", problems).unwrap_or("powershell").to_owned();
     // No quoting means the same to `cmd.exe`, PowerShell and sh.
@@ -356,6 +343,7 @@ mod tests {
             (table(&[]), "needs `inline` or `script`"),
             (table(&[("script", string("missing.ps1"))]), "cannot read `missing.ps1`"),
             (table(&[("script", string("setup.ps1")), ("inline", string("x"))]), "exclude each other"),
+            (table(&[("script", string("utf-16.ps1"))]), "the script is not in UTF-8 | save it as UTF-8"),
             (table(&[("inline", string("x")), ("program", string("C:\\Program Files\\pwsh"))]), "a path without spaces"),
             (table(&[("inlin", string("x"))]), "did you mean `inline`?"),
         ];

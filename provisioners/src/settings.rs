@@ -1,5 +1,7 @@
 //! What all provisioners read their settings with.
 
+use std::path::Path;
+
 use kiln_model::settings::{Node, Problems, Reader, Value};
 
 /// The keys of `[[provision]]` that are common to all provisioners.
@@ -25,6 +27,28 @@ pub(crate) fn finish(reader: Reader<'_>, node: &Node, own: &[&str], problems: &m
     // Only those that were complained about: the others would be offered as
     // corrections of misspelt keys.
     reader.finish_with(&found, problems);
+}
+
+/// A script that stands in the template as `inline`, or in the file that
+/// `script` names; `table` is what people call the table of both.
+pub(crate) fn script(reader: &mut Reader<'_>, table: &str, folder: &Path, problems: &mut Problems) -> Option<Vec<u8>> {
+    let inline = reader.string("inline", problems);
+    let file = reader.entry("script").map(|entry| entry.node.place);
+    let path = reader.existing_path("script", folder, problems);
+    match (inline, file) {
+        (Some(_), Some(place)) => {
+            problems.add(place, "`inline` and `script` exclude each other").help("keep one of them");
+            None
+        }
+        (Some(text), None) => Some(text.as_bytes().to_vec()),
+        (None, Some(place)) => path.and_then(|path| {
+            std::fs::read(&path).map_err(|error| problems.add(place, format!("cannot read {}: {error}", path.display())).place).ok()
+        }),
+        (None, None) => {
+            problems.add(reader.place(), format!("{table} needs `inline` or `script`"));
+            None
+        }
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use kiln_model::provision::{Common, Provisioner, Step};
 use kiln_model::settings::{Node, Problems, Reader, Value, wrong_type};
 use kiln_model::{Code, Digest, Error, Result};
 
-use crate::settings::finish;
+use crate::settings::{finish, script};
 use crate::trace::{Record, complaint, place, prelude};
 
 /// Lines of standard error shown with a failure.
@@ -67,23 +67,7 @@ impl Kind<dyn Provisioner> for ShellKind {
 
 fn read_table(settings: &Node, keys: &[&str], folder: &Path, problems: &mut Problems) -> Option<Shell> {
     let mut reader = Reader::new(settings, "[provision.shell]", problems)?;
-    let inline = reader.string("inline", problems);
-    let file = reader.entry("script").map(|entry| entry.node.place);
-    let path = reader.existing_path("script", folder, problems);
-    let script = match (inline, file) {
-        (Some(_), Some(place)) => {
-            problems.add(place, "`inline` and `script` exclude each other").help("keep one of them");
-            None
-        }
-        (Some(text), None) => Some(text.as_bytes().to_vec()),
-        (None, Some(place)) => path.and_then(|path| {
-            std::fs::read(&path).map_err(|error| problems.add(place, format!("cannot read {}: {error}", path.display())).place).ok()
-        }),
-        (None, None) => {
-            problems.add(reader.place(), "[provision.shell] needs `inline` or `script`");
-            None
-        }
-    };
+    let script = script(&mut reader, "[provision.shell]", folder, problems);
     let interpreter: Vec<String> = reader.string("interpreter", problems).unwrap_or("bash").split_whitespace().map(Into::into).collect();
     if interpreter.is_empty() {
         problems.add(reader.place(), "`interpreter` is empty");

@@ -76,7 +76,11 @@ impl Guest {
     }
 
     fn drift(&self, kiln: &Kiln, image: &str, more: &[&str]) -> Ran {
-        let host = format!("root@127.0.0.1:{}", self.after("-p"));
+        self.drift_as("root", kiln, image, more)
+    }
+
+    fn drift_as(&self, user: &str, kiln: &Kiln, image: &str, more: &[&str]) -> Ran {
+        let host = format!("{user}@127.0.0.1:{}", self.after("-p"));
         let known = self.arguments.iter().find_map(|argument| argument.strip_prefix("UserKnownHostsFile=")).unwrap();
         let fixed = ["drift", image, "--host", &host, "-i", self.after("-i"), "--known-hosts", known];
         kiln.run(&[&fixed, more].concat())
@@ -307,6 +311,44 @@ fn after_a_reboot_an_untouched_machine_is_what_was_baked() {
     let ran = guest.writes_nothing(|| guest.drift(&kiln, "drifter", &[]));
     assert_eq!(ran.status, 0, "{ran}");
     assert!(ran.stdout.contains("nothing has changed since the bake"), "{ran}");
+}
+
+#[test]
+#[ignore = "takes minutes: ci/prove"]
+fn without_root_it_says_what_it_could_not_read_and_by_sudo_it_reads_everything() {
+    let kiln = Kiln::shared();
+    baked(&kiln);
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let guest = Guest::start(&kiln, "drifter", &folder.path().join("log"));
+    guest.shell(
+        "useradd -m -s /bin/sh eve\ninstall -d -o eve -m 700 ~eve/.ssh\ninstall -o eve -m 600 ~/.ssh/authorized_keys ~eve/.ssh/\n\
+         mkdir -m 700 /opt/closed; echo x > /opt/closed/in",
+    );
+    let list = |said: &serde_json::Value, name: &str, key: &str| -> Vec<String> {
+        let items = said[name].as_array().unwrap().iter();
+        items.map(|item| item.get(key).unwrap_or(item).as_str().unwrap_or_default().to_owned()).collect()
+    };
+    let ran = guest.drift_as("eve", &kiln, "drifter", &["--json", "--quick"]);
+    assert_eq!(ran.status, 3, "{ran}");
+    let said = ran.json();
+    let unread = list(&said, "unread", "path");
+    assert!(unread.contains(&"/opt/closed".to_owned()) && unread.contains(&"/root".to_owned()), "{unread:?}");
+    let files = list(&said, "files", "path");
+    assert!(files.contains(&"/opt/closed".to_owned()) && files.contains(&"/home/eve".to_owned()), "{files:?}");
+    assert!(!files.iter().any(|path| path.starts_with("/root") || path.starts_with("/opt/closed/")), "{files:?}");
+
+    guest.shell(
+        "apt-get -qq update >/dev/null; apt-get -qq -y install sudo >/dev/null 2>&1; echo 'eve ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/eve",
+    );
+    let ran = guest.drift_as("eve", &kiln, "drifter", &["--json", "--quick"]);
+    assert_eq!(ran.status, 3, "{ran}");
+    let said = ran.json();
+    assert_eq!(list(&said, "unread", "path"), Vec::<String>::new(), "{ran}");
+    assert_eq!(list(&said, "packages", "name"), ["sudo"], "{ran}");
+    let files = list(&said, "files", "path");
+    for path in ["/opt/closed/in", "/etc/sudoers.d/eve", "/home/eve/.ssh/authorized_keys"] {
+        assert!(files.contains(&path.to_owned()), "no {path}: {files:?}");
+    }
 }
 
 #[test]
