@@ -18,7 +18,7 @@ use kiln_model::image::host_architecture;
 use kiln_model::machine::Context;
 use kiln_model::reference::Reference;
 use kiln_model::{Code, Digest, Error, Result, ResultExt as _};
-use kiln_qemu::ways_in;
+use kiln_ssh::way_in;
 use kiln_store::place::images_of;
 use kiln_store::{Held, Place, Store};
 use serde::Serialize;
@@ -87,7 +87,7 @@ pub(super) async fn run(app: &App, arguments: &Drift) -> Result<u8> {
         ));
     }
     let removed = removed_files(&store, &image.digest, &removed_packages(&baked, &host)).await?;
-    let known = [(ways_in::SSHD_DROP_IN, Digest::of(ways_in::SSHD))];
+    let known = [(way_in::SSHD_DROP_IN, Digest::of(way_in::SSHD))];
     let found = compare(&baked, &host, &Rules { mutable: &mutable, known: &known, removed });
     let answer =
         Answer { reference: &arguments.reference, digest: image.digest, machine: &machine, hostname: &escaped(&host.name), found: &found };

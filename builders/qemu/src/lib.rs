@@ -21,7 +21,7 @@
 //!
 //! **Nobody is let in by chance.** Every machine gets a client key and a host
 //! key of its own; both reach the guest by files that only their owner can
-//! read, and the host key is pinned ([`ways_in`] says how).
+//! read, and the host key is pinned ([`kiln_ssh::way_in`] says how).
 //!
 //! **Nothing outlives the bake.** QEMU is in the ledger before it is started,
 //! leads its own process group, and is killed by the kernel should kiln die
@@ -48,7 +48,7 @@ mod screenshot;
 mod settings;
 mod start;
 mod vm;
-pub mod ways_in;
+mod ways_in;
 
 use std::path::PathBuf;
 

@@ -7,75 +7,29 @@
 //! 2. *Seed*: a small FAT disk labelled `CIDATA` (cloud-init's NoCloud), whose
 //!    user data writes the same three files.
 //!
-//! The files: the client's public key and the host's private key on a tmpfs,
-//! and a drop-in of sshd that names them. Nothing of it opens the image to
-//! anybody, and the seal removes the drop-in.
+//! [`way_in`] says what is in the files.
 
 use std::io::{Cursor, Write as _};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_model::{Result, ResultExt as _};
-use kiln_ssh::Keys;
-
-/// The client's public key, in the guest.
-pub const AUTHORIZED_KEYS: &str = "/run/kiln/authorized_keys";
-/// The host's private key, in the guest.
-pub const HOST_KEY: &str = "/run/kiln/ssh_host_ed25519_key";
-/// sshd's drop-in, in the guest: the one file that stays on its disk.
-pub const SSHD_DROP_IN: &str = "/etc/ssh/sshd_config.d/00-kiln.conf";
-
-/// What the drop-in says. sshd takes the first value of an option, and reads
-/// its drop-ins first, in order of name.
-pub const SSHD: &str = "HostKey /run/kiln/ssh_host_ed25519_key\n\
-    AuthorizedKeysFile .ssh/authorized_keys /run/kiln/authorized_keys\n\
-    PermitRootLogin prohibit-password\n\
-    PubkeyAuthentication yes\n\
-    UseDNS no\n";
+use kiln_ssh::{Keys, way_in};
 
 /// The SMBIOS string, for `-smbios type=11,path=FILE`. Holds a private key.
 pub(crate) fn credential(keys: &Keys) -> String {
-    let base64 = |text: &str| STANDARD.encode(text);
     // f~: write, decoding base64; with + also over what is there (tmpfiles.d(5)).
-    let lines = format!(
-        "d /run/kiln 0755 root root -\n\
-         f+~ {AUTHORIZED_KEYS} 0644 root root - {}\n\
-         f+~ {HOST_KEY} 0600 root root - {}\n\
-         f+~ {SSHD_DROP_IN} 0644 root root - {}\n",
-        base64(&line(keys.client_public())),
-        base64(keys.host_private_openssh()),
-        base64(SSHD),
-    );
-    format!("io.systemd.credential.binary:tmpfiles.extra={}", base64(&lines))
+    let mut lines = "d /run/kiln 0755 root root -\n".to_owned();
+    for (path, mode, text) in way_in::files(keys) {
+        lines.push_str(&format!("f+~ {path} {mode:04o} root root - {}\n", STANDARD.encode(text)));
+    }
+    format!("io.systemd.credential.binary:tmpfiles.extra={}", STANDARD.encode(&lines))
 }
 
 /// The same files, for a guest that runs already: path, mode and bytes. Holds
 /// a private key.
 pub(crate) fn files(keys: &Keys) -> Vec<(String, u32, Vec<u8>)> {
-    let file = |path: &str, mode, text: &str| (path.to_owned(), mode, text.as_bytes().to_vec());
-    vec![
-        file(AUTHORIZED_KEYS, 0o644, &line(keys.client_public())),
-        file(HOST_KEY, 0o600, keys.host_private_openssh()),
-        file(SSHD_DROP_IN, 0o644, SSHD),
-    ]
-}
-
-/// The commands that write the same files, for a POSIX shell. Holds a private key.
-fn script(keys: &Keys) -> String {
-    let mut script = "umask 022\nmkdir -p /run/kiln /etc/ssh/sshd_config.d\nchmod 755 /run/kiln\n".to_owned();
-    let files = [
-        (AUTHORIZED_KEYS, "644", line(keys.client_public())),
-        (HOST_KEY, "600", keys.host_private_openssh().to_owned()),
-        (SSHD_DROP_IN, "644", SSHD.to_owned()),
-    ];
-    for (path, mode, text) in files {
-        script.push_str(&format!("(umask 077; printf %s '{}' | base64 -d > {path}; chmod {mode} {path})\n", STANDARD.encode(text)));
-    }
-    // An sshd that is up already would go on with its old keys.
-    script.push_str(
-        "if [ -d /run/systemd/system ]; then systemctl --no-block try-reload-or-restart ssh.service sshd.service 2>/dev/null || :; fi\n",
-    );
-    script
+    way_in::files(keys).map(|(path, mode, text)| (path.to_owned(), mode, text.into_bytes())).into()
 }
 
 /// The user data of a machine that is baked: the way in, and nothing that
@@ -92,49 +46,8 @@ fn own_user_data(keys: &Keys) -> String {
          apt: {{ preserve_sources_list: true }}\n\
          growpart: {{ mode: auto, devices: [\"/\"] }}\n\
          resize_rootfs: true\n",
-        STANDARD.encode(script(keys))
+        STANDARD.encode(way_in::script(keys))
     )
-}
-
-/// The user's own user data together with the way in, as one MIME message
-/// (cloud-init's "MIME multi-part archive"). The way in is a boothook: those
-/// run first, and take part in no merging.
-fn joined_user_data(keys: &Keys, own: &[u8]) -> Vec<u8> {
-    const BOUNDARY: &str = "kiln-7f1c2d9a-5f0b-4a86-9d3e-e1b7f7c4a6d2";
-    let kind = content_type(own);
-    let part = |kind: &str, bytes: &[u8]| {
-        format!(
-            "--{BOUNDARY}\nMIME-Version: 1.0\nContent-Type: {kind}; charset=\"utf-8\"\nContent-Transfer-Encoding: base64\n\n{}\n",
-            wrapped(&STANDARD.encode(bytes))
-        )
-    };
-    let hook = format!("#cloud-boothook\n#!/bin/sh\n{}", script(keys));
-    let head = format!("MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=\"{BOUNDARY}\"\n\n");
-    format!("{head}{}{}--{BOUNDARY}--\n", part("text/cloud-boothook", hook.as_bytes()), part(kind, own)).into_bytes()
-}
-
-/// The type that cloud-init gives user data by how it begins.
-fn content_type(data: &[u8]) -> &'static str {
-    let known: [(&[u8], &str); 6] = [
-        (b"#cloud-config", "text/cloud-config"),
-        (b"#!", "text/x-shellscript"),
-        (b"#include", "text/x-include-url"),
-        (b"#cloud-boothook", "text/cloud-boothook"),
-        (b"#part-handler", "text/part-handler"),
-        (b"## template: jinja", "text/jinja2"),
-    ];
-    known.iter().find(|(begin, _)| data.starts_with(begin)).map_or("text/plain", |(_, kind)| kind)
-}
-
-fn wrapped(base64: &str) -> String {
-    let mut text = String::with_capacity(base64.len() + base64.len() / 76 + 1);
-    for (index, c) in base64.chars().enumerate() {
-        if index > 0 && index % 76 == 0 {
-            text.push('\n');
-        }
-        text.push(c);
-    }
-    text
 }
 
 /// What a machine gets to let kiln in.
@@ -154,7 +67,7 @@ pub(crate) fn ways(keys: &Keys, reads_credentials: Option<bool>, user_data: Opti
     let credential = (reads_credentials != Some(false)).then(|| credential(keys));
     let data = match (user_data, reads_credentials) {
         (Some(own), Some(true)) => Some(own.to_vec()),
-        (Some(own), _) => Some(joined_user_data(keys, own)),
+        (Some(own), _) => Some(way_in::boothook_before(keys, own)),
         (None, Some(true)) => None,
         (None, _) => Some(own_user_data(keys).into_bytes()),
     };
@@ -187,10 +100,6 @@ pub(crate) fn seed(user_data: &[u8], meta_data: &str) -> Result<Vec<u8>> {
     };
     make(&mut disk).trying(|| "make the seed disk".into())?;
     Ok(disk.into_inner())
-}
-
-fn line(text: &str) -> String {
-    format!("{}\n", text.trim_end())
 }
 
 #[cfg(test)]
@@ -239,12 +148,12 @@ mod tests {
         let keys = Keys::generate().unwrap();
         let (_, base64) = credential(&keys).split_once('=').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
         let lines = String::from_utf8(STANDARD.decode(base64).unwrap()).unwrap();
-        let script = script(&keys);
+        let script = way_in::script(&keys);
         for line in lines.lines().skip(1) {
             let words: Vec<&str> = line.split(' ').collect();
             assert!(script.contains(&format!("'{}' | base64 -d > {}", words[6], words[1])), "{line}");
         }
-        assert!(lines.contains(&format!("{HOST_KEY} 0600")));
+        assert!(lines.contains(&format!("{} 0600", way_in::HOST_KEY)));
         let mut shell = std::process::Command::new("sh");
         assert!(shell.args(["-n", "-c", &script]).status().unwrap().success());
     }

@@ -8,6 +8,8 @@
 //!              (lines, exit)     (tar ──► files)  (files ──► tar)
 //! ```
 //!
+//! [`way_in`] is how the keys come into a guest that kiln did not make.
+//!
 //! Every byte that goes either way goes through one place, `command.rs`: a
 //! channel whose process is known by its pid, so that a limit in time, or a
 //! caller that stops waiting, ends what runs in the guest too.
@@ -21,6 +23,7 @@ mod lines;
 mod session;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod way_in;
 
 pub use command::{Input, Outlet, Run, Sink};
 pub use connect::{Target, connect};
