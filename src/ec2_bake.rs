@@ -111,20 +111,7 @@ mod tests {
         assert!(!is_recorded(&home, "ami-1").unwrap());
         let image =
             CloudImage { builder: "ec2".into(), region: "eu-central-1".into(), id: "ami-1".into(), size: 1 << 30, snapshots: vec![] };
-        let config = Config {
-            name: "web".into(),
-            version: "1".into(),
-            architecture: "amd64".into(),
-            firmware: Firmware::Bios,
-            credentials: false,
-            disks: Vec::new(),
-            base: None,
-            steps: Vec::new(),
-            commit: None,
-            labels: BTreeMap::new(),
-            cloud: vec![image],
-            mutable: Vec::new(),
-        };
+        let config = Config { cloud: vec![image], ..Config::new("web", "1", "amd64", Firmware::Bios) };
         let store = Store::open(&home.store()).unwrap();
         store.publish_as(&Publish { config: &config, disks: &[], annotations: &BTreeMap::new(), tags: &[] }).unwrap();
         assert!(is_recorded(&home, "ami-1").unwrap());

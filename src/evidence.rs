@@ -256,20 +256,7 @@ mod tests {
     fn baked() -> (tempfile::TempDir, Store, Account) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).unwrap();
-        let config = Config {
-            name: "web".into(),
-            version: "1".into(),
-            architecture: "amd64".into(),
-            firmware: Firmware::Bios,
-            credentials: false,
-            disks: Vec::new(),
-            base: None,
-            steps: Vec::new(),
-            commit: None,
-            labels: BTreeMap::new(),
-            cloud: Vec::new(),
-            mutable: Vec::new(),
-        };
+        let config = Config::new("web", "1", "amd64", Firmware::Bios);
         let named = store.publish_as(&Publish { config: &config, disks: &[], annotations: &BTreeMap::new(), tags: &[] }).unwrap();
         let key = |kind| KeyHasher::new(kind).finish();
         let input = |name: &str| Input { name: name.into(), digest: Digest::of(name) };

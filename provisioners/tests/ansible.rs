@@ -1,43 +1,22 @@
 //! `ansible` on a guest behind a real sshd: the real `ansible-playbook`.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking; clippy knows only `#[test]` functions as tests")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_model::event::{Event, Reporter, Reports};
+use kiln_model::event::Reports;
 use kiln_model::provision::{Common, Provisioner, Step};
 use kiln_model::secret::{Redactor, Secret};
-use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
+use kiln_model::settings::{Problems, Value};
 use kiln_model::{Code, Result};
 use kiln_ssh::testing::Sshd;
 
-#[derive(Default)]
-struct Log(Mutex<Vec<String>>);
-
-impl Reporter for Log {
-    fn report(&self, event: Event) {
-        if let Event::Output { line, .. } = event {
-            self.0.lock().unwrap().push(line);
-        }
-    }
-}
-
-fn string(text: &str) -> Value {
-    Value::String(text.into())
-}
-
-fn strings(texts: &[&str]) -> Value {
-    Value::Array(texts.iter().map(|text| Node { value: string(text), place: Place::default() }).collect())
-}
-
-fn table(entries: &[(&str, Value)]) -> Value {
-    let place = Place::default();
-    let entry = |(name, value): &(&str, Value)| Entry { name: (*name).into(), place, node: Node { value: value.clone(), place } };
-    Value::Table(Table { entries: entries.iter().map(entry).collect() })
-}
+use common::{Log, node, string, strings, table};
 
 /// A guest, and the folder that a template would be in.
 struct Kitchen {
@@ -74,7 +53,7 @@ impl Kitchen {
     fn read(&self, entries: &[(&str, Value)]) -> Box<dyn Provisioner> {
         let kind = kiln_provisioners::all().into_iter().find(|kind| kind.name() == "ansible").unwrap();
         let mut problems = Problems::default();
-        let read = kind.read(&Node { value: table(entries), place: Place::default() }, self.folder.path(), &mut problems);
+        let read = kind.read(&node(table(entries)), self.folder.path(), &mut problems);
         assert!(problems.is_empty(), "{:?}", problems.0);
         read.unwrap()
     }
@@ -94,7 +73,7 @@ impl Kitchen {
         let guest = self.sshd.guest().await;
         let step_ = Step { guest, common: &self.common, reports: &reports, secrets: &self.secrets, work: self.work.path() };
         let result = step.run(&step_).await;
-        let lines = log.0.lock().unwrap().join("\n");
+        let lines = log.lines().join("\n");
         // Whatever became of it, nothing of it stays.
         assert_eq!(std::fs::read_dir(self.work.path()).unwrap().count(), 0);
         (result, lines)

@@ -2,18 +2,22 @@
 //! what PowerShell would be given, writes it down, and knows a few commands.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking; clippy knows only `#[test]` functions as tests")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_model::event::{Event, Reporter, Reports};
+use kiln_model::event::Reports;
 use kiln_model::provision::{Common, Step};
 use kiln_model::secret::{Redactor, Secret};
-use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
+use kiln_model::settings::Problems;
 use kiln_model::{Code, Result};
 use kiln_ssh::testing::Sshd;
+
+use common::{Log, node, string, strings, table};
 use serde_json::Value as Json;
 
 const STAND_IN: &str = r#"#!/usr/bin/python3
@@ -38,31 +42,14 @@ for number, line in enumerate(script.splitlines(), 1):
         time.sleep(float(rest))
 "#;
 
-#[derive(Default)]
-struct Log(Mutex<Vec<String>>);
-
-impl Reporter for Log {
-    fn report(&self, event: Event) {
-        if let Event::Output { line, .. } = event {
-            self.0.lock().unwrap().push(line);
-        }
-    }
-}
-
-fn string(text: &str) -> Node {
-    Node { value: Value::String(text.into()), place: Place::default() }
-}
-
 /// How it went, what was shown, and what PowerShell got.
 async fn run(script: &str, args: &[&str], common: Common, secrets: BTreeMap<String, Secret>) -> (Result<()>, Vec<String>, Option<Json>) {
     let sshd = Sshd::start();
     let program = sshd.path().join("powershell.exe");
     std::fs::write(&program, STAND_IN).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let args = Node { value: Value::Array(args.iter().map(|arg| string(arg)).collect()), place: Place::default() };
-    let entries = [("inline", string(script)), ("program", string(program.to_str().unwrap())), ("args", args)];
-    let entries = entries.map(|(name, node)| Entry { name: name.into(), place: Place::default(), node }).into();
-    let settings = Node { value: Value::Table(Table { entries }), place: Place::default() };
+    let program = string(program.to_str().unwrap());
+    let settings = node(table(&[("inline", string(script)), ("program", program), ("args", strings(args))]));
     let mut problems = Problems::default();
     let kind = kiln_provisioners::all().into_iter().find(|kind| kind.name() == "powershell").unwrap();
     let step = kind.read(&settings, Path::new("/"), &mut problems).unwrap();
@@ -73,7 +60,7 @@ async fn run(script: &str, args: &[&str], common: Common, secrets: BTreeMap<Stri
     let done =
         step.run(&Step { guest: sshd.guest().await, common: &common, reports: &reports, secrets: &secrets, work: sshd.path() }).await;
     let seen = std::fs::read(sshd.path().join("seen.json")).ok().map(|bytes| serde_json::from_slice(&bytes).unwrap());
-    let shown = log.0.lock().unwrap().clone();
+    let shown = log.lines();
     (done, shown, seen)
 }
 

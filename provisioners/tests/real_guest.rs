@@ -1,46 +1,28 @@
 //! Provisioners on a guest behind a real sshd, which runs as root.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking; clippy knows only `#[test]` functions as tests")]
 
+mod common;
+
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_model::event::{Event, Reporter, Reports};
+use kiln_model::event::Reports;
 use kiln_model::provision::{Common, Provisioner, Step};
 use kiln_model::secret::Redactor;
-use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
+use kiln_model::settings::{Problems, Value};
 use kiln_model::{Code, Error, Result};
 use kiln_ssh::testing::Sshd;
 
-#[derive(Default)]
-struct Log(Mutex<Vec<String>>);
-
-impl Reporter for Log {
-    fn report(&self, event: Event) {
-        if let Event::Output { name, line, .. } = event {
-            assert_eq!(name, "step");
-            self.0.lock().unwrap().push(line);
-        }
-    }
-}
-
-fn string(text: &str) -> Value {
-    Value::String(text.into())
-}
+use common::{Log, node, string, strings, table};
 
 fn read(kind: &str, value: Value, folder: &Path) -> Box<dyn Provisioner> {
     let mut problems = Problems::default();
     let kind = kiln_provisioners::all().into_iter().find(|k| k.name() == kind).unwrap();
-    let read = kind.read(&Node { value, place: Place::default() }, folder, &mut problems);
+    let read = kind.read(&node(value), folder, &mut problems);
     assert!(problems.is_empty(), "{:?}", problems.0);
     read.unwrap()
-}
-
-fn table(entries: &[(&str, Value)]) -> Value {
-    let place = Place::default();
-    let entry = |(name, value): &(&str, Value)| Entry { name: (*name).into(), place, node: Node { value: value.clone(), place } };
-    Value::Table(Table { entries: entries.iter().map(entry).collect() })
 }
 
 async fn run_with(sshd: &Sshd, step: &dyn Provisioner, common: Common) -> (Result<()>, Vec<String>) {
@@ -49,7 +31,7 @@ async fn run_with(sshd: &Sshd, step: &dyn Provisioner, common: Common) -> (Resul
     let common = Common { name: "step".into(), ..common };
     let (secrets, work) = (std::collections::BTreeMap::new(), sshd.path());
     let result = step.run(&Step { guest: sshd.guest().await, common: &common, reports: &reports, secrets: &secrets, work }).await;
-    let lines = log.0.lock().unwrap().clone();
+    let lines = log.lines();
     (result, lines)
 }
 
@@ -122,7 +104,7 @@ async fn other_interpreters_and_no_strictness() {
     let perl = table(&[
         ("inline", string("print \"$ARGV[0] $ENV{A}\\n\";")),
         ("interpreter", string("perl -w")),
-        ("args", Value::Array(vec![Node { value: string("two words"), place: Place::default() }])),
+        ("args", strings(&["two words"])),
     ]);
     let env = [("A".to_owned(), "b".to_owned())].into();
     let (result, lines) = shell(perl, Common { env, ..Common::default() }).await;

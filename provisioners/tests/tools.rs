@@ -2,41 +2,20 @@
 //! as root.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking; clippy knows only `#[test]` functions as tests")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use kiln_model::event::{Event, Reporter, Reports};
+use kiln_model::event::Reports;
 use kiln_model::provision::{Common, Step};
 use kiln_model::secret::Redactor;
-use kiln_model::settings::{Entry, Node, Place, Problems, Table, Value};
+use kiln_model::settings::{Problems, Value};
 use kiln_model::{Code, Error, Result};
 use kiln_ssh::testing::Sshd;
 
-#[derive(Default)]
-struct Log(Mutex<Vec<String>>);
-
-impl Reporter for Log {
-    fn report(&self, event: Event) {
-        if let Event::Output { line, .. } = event {
-            self.0.lock().unwrap().push(line);
-        }
-    }
-}
-
-fn string(text: &str) -> Value {
-    Value::String(text.into())
-}
-
-fn strings(values: &[&str]) -> Value {
-    Value::Array(values.iter().map(|value| Node { value: string(value), place: Place::default() }).collect())
-}
-
-fn table(entries: &[(&str, Value)]) -> Value {
-    let place = Place::default();
-    let entry = |(name, value): &(&str, Value)| Entry { name: (*name).into(), place, node: Node { value: value.clone(), place } };
-    Value::Table(Table { entries: entries.iter().map(entry).collect() })
-}
+use common::{Log, node, string, strings, table};
 
 /// Files of a template, and what their `@OUT@` stands for.
 fn write(sshd: &Sshd, files: &[(&str, &str)]) -> String {
@@ -53,14 +32,14 @@ fn write(sshd: &Sshd, files: &[(&str, &str)]) -> String {
 async fn run(sshd: &Sshd, kind: &str, settings: &[(&str, Value)], common: Common) -> (Result<()>, Vec<String>) {
     let mut problems = Problems::default();
     let kind = kiln_provisioners::all().into_iter().find(|k| k.name() == kind).unwrap();
-    let step = kind.read(&Node { value: table(settings), place: Place::default() }, sshd.path(), &mut problems);
+    let step = kind.read(&node(table(settings)), sshd.path(), &mut problems);
     assert!(problems.is_empty(), "{:?}", problems.0);
     let log = Arc::new(Log::default());
     let reports = Reports::new(log.clone(), Redactor::default());
     let common = Common { name: "step".into(), ..common };
     let (secrets, work) = (BTreeMap::new(), sshd.path());
     let result = step.unwrap().run(&Step { guest: sshd.guest().await, common: &common, reports: &reports, secrets: &secrets, work }).await;
-    let lines = log.0.lock().unwrap().clone();
+    let lines = log.lines();
     (result, lines)
 }
 

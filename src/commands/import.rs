@@ -20,18 +20,8 @@ pub(super) async fn run(app: &App, arguments: &Import) -> Result<u8> {
         return Err(Error::new(Code::Usage, format!("`{reference}` names no version")).next("write NAME:VERSION"));
     };
     let config = Config {
-        name: reference.name.clone(),
-        version: version.clone(),
-        architecture: host_architecture().to_owned(),
-        firmware: Firmware::BiosUefi,
-        credentials: false,
-        disks: Vec::new(),
-        base: None,
-        steps: Vec::new(),
-        commit: None,
         labels: arguments.labels.iter().cloned().collect(),
-        cloud: Vec::new(),
-        mutable: Vec::new(),
+        ..Config::new(reference.name.clone(), version.clone(), host_architecture(), Firmware::BiosUefi)
     };
     let store = app.store()?;
     let (named, record) = with_context(&app.home, &app.output.reports(), |context| {

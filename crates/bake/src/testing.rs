@@ -148,18 +148,10 @@ impl World {
             self.kept.0.lock().unwrap().entry(key).or_insert(Peek { made: at, memory: Some(key) });
         }
         let config = Config {
-            name: template.name.clone(),
-            version: template.version.clone(),
-            architecture: template.architecture.clone(),
-            firmware: Firmware::Bios,
-            credentials: false,
-            disks: Vec::new(),
             base: plan.base,
             steps: record.steps.iter().map(|step| StepConfig { name: step.name.clone(), key: step.key }).collect(),
-            commit: None,
             labels: template.labels.clone(),
-            cloud: Vec::new(),
-            mutable: Vec::new(),
+            ..Config::new(template.name.clone(), template.version.clone(), template.architecture.clone(), Firmware::Bios)
         };
         self.images.borrow_mut().insert(record.image, config);
         self.records.push(record);

@@ -182,20 +182,7 @@ impl World {
         for (test, body) in template.tests.iter_mut().zip(bodies) {
             test.provisioner = Box::new(Check(body, self.log.clone()));
         }
-        let config = Config {
-            name: "web".into(),
-            version: "1".into(),
-            architecture: "amd64".into(),
-            firmware: Firmware::Bios,
-            credentials: false,
-            disks: Vec::new(),
-            base: None,
-            steps: Vec::new(),
-            commit: None,
-            labels: BTreeMap::new(),
-            mutable: Vec::new(),
-            cloud: Vec::new(),
-        };
+        let config = Config::new("web", "1", "amd64", Firmware::Bios);
         let image = Tried { image: Digest::of("image"), disk: Digest::of("disk"), config };
         let unpack = |_, _| -> Unpacked {
             Box::pin(async {

@@ -76,18 +76,10 @@ pub(crate) fn facts() -> crate::ImageFacts {
     use kiln_model::image::{Config, DiskConfig, Firmware};
     crate::ImageFacts {
         config: Config {
-            name: "shop/web".into(),
-            version: "1.4.0".into(),
-            architecture: "amd64".into(),
-            firmware: Firmware::BiosUefi,
-            credentials: false,
             disks: vec![DiskConfig { name: "root".into(), size: 4 << 30, digest: Digest::of("disk"), root: true }],
             base: Some(Digest::of("base")),
-            steps: Vec::new(),
             commit: Some("0123abc".into()),
-            labels: BTreeMap::new(),
-            cloud: Vec::new(),
-            mutable: Vec::new(),
+            ..Config::new("shop/web", "1.4.0", "amd64", Firmware::BiosUefi)
         },
         digest: Some(Digest::of("image")),
         created: Some("2026-11-21T10:00:00.123456Z".into()),

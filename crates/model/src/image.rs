@@ -78,6 +78,26 @@ pub struct Config {
     pub mutable: Vec<String>,
 }
 
+impl Config {
+    /// The config of an image of which no more is known than this.
+    pub fn new(name: impl Into<String>, version: impl Into<String>, architecture: impl Into<String>, firmware: Firmware) -> Self {
+        Self {
+            name: name.into(),
+            version: version.into(),
+            architecture: architecture.into(),
+            firmware,
+            credentials: false,
+            disks: Vec::new(),
+            base: None,
+            steps: Vec::new(),
+            commit: None,
+            labels: BTreeMap::new(),
+            cloud: Vec::new(),
+            mutable: Vec::new(),
+        }
+    }
+}
+
 /// An image that a cloud keeps. Clouds never change one under its id, so the
 /// id stands for its content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -172,20 +172,7 @@ fn take_in(disk: &Path, store: &Store, parents: &[DiskRecord]) -> Result {
     let record = measured(what, used, || Ok(store.write_disk("root", &mut RawSource::open(disk)?, None, parents, &mut |_, _| {})?))?;
     println!("stored {} MB of {} MB as {}", record.stored / 1_000_000, record.used / 1_000_000, record.map_digest);
     let disks = vec![DiskConfig { name: record.name.clone(), size: record.map.size, digest: record.digest, root: true }];
-    let config = Config {
-        name: "throughput".into(),
-        version: "1".into(),
-        architecture: "amd64".into(),
-        firmware: Firmware::Bios,
-        credentials: false,
-        disks,
-        base: None,
-        steps: Vec::new(),
-        commit: None,
-        labels: BTreeMap::new(),
-        cloud: Vec::new(),
-        mutable: Vec::new(),
-    };
+    let config = Config { disks, ..Config::new("throughput", "1", "amd64", Firmware::Bios) };
     store.publish_as(&Publish { config: &config, disks: &[record], annotations: &BTreeMap::new(), tags: &[] })?;
     Ok(())
 }

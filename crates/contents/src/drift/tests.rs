@@ -1,26 +1,6 @@
 use super::*;
+use crate::manifest::tests::{file, folder, link};
 use crate::manifest::{Unit, units};
-
-fn file(text: &str) -> Node {
-    Node {
-        kind: NodeKind::File,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        size: text.len() as u64,
-        digest: Some(Digest::of(text)),
-        target: Vec::new(),
-        attributes: Some(Vec::new()),
-    }
-}
-
-fn link(target: &str) -> Node {
-    Node { kind: NodeKind::Link, mode: 0o777, size: 0, digest: None, target: target.as_bytes().to_vec(), ..file("") }
-}
-
-fn folder() -> Node {
-    Node { kind: NodeKind::Directory, mode: 0o755, digest: None, ..file("") }
-}
 
 fn manifest(nodes: &[(&str, Node)], packages: &[(&str, &str)]) -> Manifest {
     let nodes: BTreeMap<Vec<u8>, Node> = nodes.iter().map(|(path, node)| (path.as_bytes().to_vec(), node.clone())).collect();

@@ -406,4 +406,4 @@ impl NodeKind {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

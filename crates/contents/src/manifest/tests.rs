@@ -1,6 +1,6 @@
 use super::*;
 
-fn file(text: &str) -> Node {
+pub(crate) fn file(text: &str) -> Node {
     Node {
         kind: NodeKind::File,
         mode: 0o644,
@@ -13,11 +13,11 @@ fn file(text: &str) -> Node {
     }
 }
 
-fn link(target: &str) -> Node {
+pub(crate) fn link(target: &str) -> Node {
     Node { kind: NodeKind::Link, mode: 0o777, size: 0, digest: None, target: target.as_bytes().to_vec(), ..file("") }
 }
 
-fn folder() -> Node {
+pub(crate) fn folder() -> Node {
     Node { kind: NodeKind::Directory, mode: 0o755, digest: None, ..file("") }
 }
 

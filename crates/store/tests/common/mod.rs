@@ -77,18 +77,10 @@ pub(crate) fn config(name: &str, version: &str, disks: &[DiskRecord]) -> Config 
     let disk =
         |disk: &DiskRecord| DiskConfig { name: disk.name.clone(), size: disk.map.size, digest: disk.digest, root: disk.name == "root" };
     Config {
-        name: name.into(),
-        version: version.into(),
-        architecture: "amd64".into(),
-        firmware: Firmware::BiosUefi,
-        credentials: false,
         disks: disks.iter().map(disk).collect(),
-        base: None,
         steps: vec![],
-        commit: None,
         labels: BTreeMap::from([("team".to_owned(), "shop".to_owned())]),
-        cloud: Vec::new(),
-        mutable: Vec::new(),
+        ..Config::new(name, version, "amd64", Firmware::BiosUefi)
     }
 }
 
