@@ -190,3 +190,30 @@ fn inside_the_guest_ansible_comes_and_goes() {
     );
     kiln.ok(&["bake", template.path(), "--no-cache"]);
 }
+
+#[test]
+fn what_is_missing_here_is_told_before_a_machine_is_started() {
+    let kiln = Kiln::shared();
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // Everything that this machine has, but for Ansible.
+    for place in std::env::split_paths(&std::env::var_os("PATH").unwrap()) {
+        for program in std::fs::read_dir(place).into_iter().flatten().flatten() {
+            if !program.file_name().to_string_lossy().starts_with("ansible") {
+                drop(std::os::unix::fs::symlink(program.path(), folder.path().join(program.file_name())));
+            }
+        }
+    }
+    let template = Template::debian("no-ansible", "[[provision]]\nname = \"site\"\nansible = \"site.yml\"\n");
+    template.write("site.yml", "- hosts: all\n");
+    let arguments = ["bake", template.path()];
+    let ran = Ran::of(kiln.command(&arguments).env("PATH", folder.path()).output().unwrap(), &arguments);
+    ran.fails(1, &["step `site`", "`ansible-playbook` is missing", "apt-get install ansible-core"]);
+    assert!(!ran.stderr.contains("boot"), "{ran}");
+
+    let test = "[[provision]]\nname = \"a\"\nshell = \"true\"\n[[test]]\nname = \"infra\"\ntestinfra = { paths = [\"test_a.py\"], python = \"./none\" }\n";
+    let template = Template::debian("no-testinfra", test);
+    template.write("test_a.py", "def test_a(host): pass\n");
+    let ran = kiln.run(&["bake", template.path()]);
+    ran.fails(1, &["`infra`", "there is no ", "python3-venv"]);
+    assert!(!ran.stderr.contains("boot"), "{ran}");
+}

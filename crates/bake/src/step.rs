@@ -16,6 +16,15 @@ use crate::template::StepSpec;
 /// told and to answer.
 const GRACE: Duration = Duration::from_secs(60);
 
+/// Whether what these steps or tests need of this machine is there; for before
+/// a machine is started for them.
+pub(crate) async fn ready(specs: &[StepSpec]) -> Result<()> {
+    for spec in specs {
+        spec.provisioner.ready().await.map_err(|error| error.step(&spec.common.name))?;
+    }
+    Ok(())
+}
+
 /// Runs `spec` on `machine`, as often as its retries allow.
 pub(crate) async fn run(machine: &dyn Machine, spec: &StepSpec, secrets: &BTreeMap<String, Secret>, context: &Context) -> Result<()> {
     on(machine, spec, secrets, context, Wanted::Done).await.map(drop)

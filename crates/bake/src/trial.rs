@@ -92,6 +92,9 @@ pub async fn test(template: &Template, image: &Tried, again: bool, testing: &Tes
     }
     let left: Vec<usize> = (0..keys.len()).filter(|at| !found.contains_key(at)).collect();
     if !left.is_empty() {
+        for spec in left.iter().filter_map(|at| template.tests.get(*at)) {
+            step::ready(std::slice::from_ref(spec)).await?;
+        }
         let label = format!("{} {}", image.config.name, image.config.version);
         let (base, _hold): (Base, Hold) = if template.builder.at_cloud() && !image.config.cloud.is_empty() {
             let Config { cloud, firmware, architecture, credentials, .. } = image.config.clone();

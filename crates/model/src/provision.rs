@@ -116,6 +116,15 @@ pub trait Provisioner: Send + Sync {
         Vec::new()
     }
 
+    /// Whether what it needs of this machine is there. It is asked before a
+    /// machine is started for it.
+    ///
+    /// # Errors
+    /// [`Code::Missing`] with what is not there, and where to get it.
+    async fn ready(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Does it, once. Retries are the bake's; the limit in time is passed on to
     /// every command, so that what took too long is killed in the guest.
     ///

@@ -139,14 +139,6 @@ impl Testinfra {
         arguments
     }
 
-    fn missing(&self, what: &str) -> Error {
-        let python = self.python();
-        Error::new(Code::Missing, format!("the test needs {what}, which {} does not have", python.display())).next(format!(
-            "{} -m pip install pytest-testinfra; or name another interpreter: python = \".venv/bin/python\"",
-            python.display()
-        ))
-    }
-
     /// Runs pytest; gives its exit status and the last lines that it printed.
     async fn pytest(&self, step: &Step<'_>, arguments: &[String]) -> Result<(Option<i32>, String)> {
         let python = self.python();
@@ -162,11 +154,7 @@ impl Testinfra {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        let mut child = command.spawn().map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::new(Code::Missing, format!("there is no {} on this machine", python.display()))
-                .next("install python3 and python3-venv, or name an interpreter: python = \".venv/bin/python\""),
-            _ => Error::new(Code::Failed, format!("cannot run {}", python.display())).because(error),
-        })?;
+        let mut child = command.spawn().map_err(|error| cannot_run(&python, error))?;
         let (out, err) = (child.stdout.take(), child.stderr.take());
         let limit = step.common.timeout.unwrap_or(LIMIT);
         let work = async { tokio::join!(follow(out, Stream::Stdout, step), follow(err, Stream::Stderr, step), child.wait()) };
@@ -193,12 +181,6 @@ impl Testinfra {
         for path in [&config, &report] {
             drop(std::fs::remove_file(path));
         }
-        if tail.contains("No module named pytest") {
-            return Err(self.missing("pytest").step(&step.common.name));
-        }
-        if tail.contains("unrecognized arguments") && tail.contains("--hosts") {
-            return Err(self.missing("testinfra").step(&step.common.name));
-        }
         let cases = junit::cases(&text).unwrap_or_default();
         let failed = cases.iter().any(|case| case.outcome.failed());
         if !cases.is_empty() && (status == Some(0) || failed) {
@@ -212,6 +194,14 @@ impl Testinfra {
         let own = Case { name: step.common.name.clone(), seconds: began.elapsed().as_secs_f64(), outcome: Outcome::Failed(why) };
         Ok(cases.into_iter().chain([own]).collect())
     }
+}
+
+fn cannot_run(python: &Path, error: std::io::Error) -> Error {
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return Error::new(Code::Missing, format!("there is no {} on this machine", python.display()))
+            .next("install python3 and python3-venv, or name an interpreter: python = \".venv/bin/python\"");
+    }
+    Error::new(Code::Failed, format!("cannot run {}", python.display())).because(error)
 }
 
 /// Passes lines on as they come; gives the last ones.
@@ -256,6 +246,22 @@ impl Provisioner for Testinfra {
             Tree::walk(path)?.key(hasher)?;
         }
         Ok(())
+    }
+
+    async fn ready(&self) -> Result<()> {
+        let python = self.python();
+        let mut command = Command::new(&python);
+        command.args(["-c", "import pytest, testinfra"]).current_dir(&self.folder).stdin(Stdio::null());
+        let output = command.output().await.map_err(|error| cannot_run(&python, error))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let what = ["pytest", "testinfra"].into_iter().find(|module| said.contains(&format!("No module named '{module}'")));
+        let what = what.unwrap_or("pytest-testinfra");
+        Err(Error::new(Code::Missing, format!("the test needs {what}, which {} does not have", python.display())).detail(said.trim()).next(
+            format!("{} -m pip install pytest-testinfra; or name another interpreter: python = \".venv/bin/python\"", python.display()),
+        ))
     }
 
     async fn run(&self, step: &Step<'_>) -> Result<()> {
@@ -346,13 +352,22 @@ mod tests {
         assert_ne!(of(&[]), first);
     }
 
+    fn executable(path: &Path, script: &str) {
+        std::fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+
     /// Runs a stand-in for python that is given what pytest would be.
     async fn with(script: &str, user: Option<&str>) -> (Result<Vec<Case>>, String) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("test_a.py"), "").unwrap();
         let python = folder.path().join("python");
-        std::fs::write(&python, format!("#!/bin/sh\necho \"$@\" > args\nfor a; do case $a in --junitxml=*) x=${{a#*=}};; --ssh-config=*) cp ${{a#*=}} conf;; esac; done\n{script}")).unwrap();
-        std::fs::set_permissions(&python, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        executable(
+            &python,
+            &format!(
+                "echo \"$@\" > args\nfor a; do case $a in --junitxml=*) x=${{a#*=}};; --ssh-config=*) cp ${{a#*=}} conf;; esac; done\n{script}"
+            ),
+        );
         let settings = table(&[("paths", string("test_a.py")), ("python", string("./python"))]);
         let test = read_test("testinfra", &settings, folder.path());
         let common = Common { name: "web".into(), user: user.map(Into::into), timeout: Some(Duration::from_secs(20)), ..Common::default() };
@@ -382,11 +397,22 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_missing_and_what_is_wrong_is_told() {
-        let error = with("echo 'python: No module named pytest' >&2; exit 1", None).await.0.unwrap_err();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("test_a.py"), "").unwrap();
+        let settings = table(&[("paths", string("test_a.py")), ("python", string("./python"))]);
+        let test = read_test("testinfra", &settings, folder.path());
+        let error = test.ready().await.unwrap_err();
         assert_eq!(error.kind(), Code::Missing);
-        assert!(error.next_move().unwrap().contains("-m pip install pytest-testinfra"), "{error:?}");
-        let error = with("echo 'error: unrecognized arguments: --hosts=ssh://kiln' >&2; exit 4", None).await.0.unwrap_err();
-        assert!(error.to_string().contains("needs testinfra"), "{error:?}");
+        assert!(error.to_string().starts_with("there is no ") && error.next_move().unwrap().contains("python3-venv"), "{error:?}");
+        for (module, said) in [("'pytest'", "needs pytest,"), ("'testinfra'", "needs testinfra,"), ("'x'", "needs pytest-testinfra,")] {
+            executable(&folder.path().join("python"), &format!("echo \"ModuleNotFoundError: No module named {module}\" >&2; exit 1"));
+            let error = test.ready().await.unwrap_err();
+            assert_eq!(error.kind(), Code::Missing);
+            assert!(error.to_string().contains(said), "{error:?}");
+            assert!(error.next_move().unwrap().contains("-m pip install pytest-testinfra"), "{error:?}");
+        }
+        executable(&folder.path().join("python"), "exit 0");
+        test.ready().await.unwrap();
         for (script, said) in [
             ("exit 5", "no tests"),
             ("echo boom >&2; exit 3", "exit status 3\nboom"),

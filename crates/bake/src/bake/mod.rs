@@ -38,7 +38,7 @@ use crate::plan::Plan;
 use crate::resume::Reuse;
 use crate::template::Template;
 use crate::trial::{self, Testing};
-use crate::{keep, resume, since_1970};
+use crate::{keep, resume, since_1970, step};
 
 /// What to do with the machine when a step fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -130,6 +130,9 @@ pub async fn bake(template: &Template, options: &Options<'_>, stores: &Stores<'_
         let baked = reuse_image(template, plan, &decided, &record, stores, context, began)?;
         context.reports.event(Event::Baked(baked.clone()));
         return Ok(baked);
+    }
+    if options.test {
+        step::ready(&template.tests).await?;
     }
     let run = provisioned(template, &ground, decided, options, stores, context).await?;
     if let Err(error) = prepare_seal(template, &run, context).await {

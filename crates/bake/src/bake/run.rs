@@ -46,6 +46,7 @@ pub(super) async fn provisioned<'a>(
     stores: &Stores<'a>,
     context: &'a Context,
 ) -> Result<Run<'a>> {
+    step::ready(template.steps.get(decided.decision.done()..).unwrap_or_default()).await?;
     let (turn, decided) = take_turn(template, &ground.plan, options, stores, context, decided).await?;
     for reason in &decided.reasons {
         context.reports.note(reason.clone());

@@ -103,14 +103,18 @@ impl Provisioner for Here {
         self.play.secrets()
     }
 
-    async fn run(&self, step: &Step<'_>) -> Result<()> {
-        let name = &step.common.name;
-        if process::find("ansible-playbook").is_none() {
-            let error = Error::new(Code::Missing, "the program `ansible-playbook` is missing on this machine").step(name);
-            return Err(error.next("apt-get install ansible-core, or pipx install ansible-core; `from = \"guest\"` needs none here"));
+    async fn ready(&self) -> Result<()> {
+        if process::find("ansible-playbook").is_some() {
+            return Ok(());
         }
+        Err(Error::new(Code::Missing, "the program `ansible-playbook` is missing on this machine")
+            .next("apt-get install ansible-core, or pipx install ansible-core; `from = \"guest\"` needs none here"))
+    }
+
+    async fn run(&self, step: &Step<'_>) -> Result<()> {
         let Some(access) = step.guest.ssh_access() else {
-            let error = Error::new(Code::Usage, "Ansible of this machine needs SSH, which this guest is not reached by").step(name);
+            let what = "Ansible of this machine needs SSH, which this guest is not reached by";
+            let error = Error::new(Code::Usage, what).step(&step.common.name);
             return Err(error.next("write from = \"guest\""));
         };
         let nonce = nonce();
