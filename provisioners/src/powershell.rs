@@ -336,6 +336,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let here = folder.path();
         std::fs::write(here.join("setup.ps1"), "\u{feff}Get-Date\r\n").unwrap();
+        std::fs::write(here.join("utf-16.ps1"), b"\xff\xfeG\0").unwrap();
         read("powershell", &table(&[("script", string("setup.ps1")), ("program", string("C:\\tools\\pwsh.exe"))]), here);
         let cases: &[(Node, &str)] = &[
             (text(" \n"), "the script is empty"),
