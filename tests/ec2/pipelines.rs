@@ -14,6 +14,7 @@ fn environment(aws: &Aws) -> Vec<(&'static str, String)> {
 }
 
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn a_tag_becomes_amis_with_the_token_of_the_job() {
     let moto = Moto::start().unwrap();
     let aws = Aws::before(&moto).unwrap();

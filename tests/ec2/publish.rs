@@ -350,6 +350,7 @@ fn what_no_channel_needs_is_pruned() {
 
 /// The real thing: nginx, and the same with one file changed.
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn nginx_and_the_same_with_another_page() {
     let cloud = Cloud::start();
     let shared = Kiln::with_nginx();

@@ -203,17 +203,17 @@ fn what_is_missing_here_is_told_before_a_machine_is_started() {
             }
         }
     }
-    let template = Template::debian("no-ansible", "[[provision]]\nname = \"site\"\nansible = \"site.yml\"\n");
+    let template = Template::debian("no-ansible", "[[provision]]\nname = \"site\"\nansible = { playbook = \"site.yml\" }\n");
     template.write("site.yml", "- hosts: all\n");
     let arguments = ["bake", template.path()];
     let ran = Ran::of(kiln.command(&arguments).env("PATH", folder.path()).output().unwrap(), &arguments);
-    ran.fails(1, &["step `site`", "`ansible-playbook` is missing", "apt-get install ansible-core"]);
+    ran.fails(1, &["step: site", "`ansible-playbook` is missing", "apt-get install ansible-core"]);
     assert!(!ran.stderr.contains("boot"), "{ran}");
 
     let test = "[[provision]]\nname = \"a\"\nshell = \"true\"\n[[test]]\nname = \"infra\"\ntestinfra = { paths = [\"test_a.py\"], python = \"./none\" }\n";
     let template = Template::debian("no-testinfra", test);
     template.write("test_a.py", "def test_a(host): pass\n");
     let ran = kiln.run(&["bake", template.path()]);
-    ran.fails(1, &["`infra`", "there is no ", "python3-venv"]);
+    ran.fails(1, &["step: infra", "there is no ", "python3-venv"]);
     assert!(!ran.stderr.contains("boot"), "{ran}");
 }

@@ -206,6 +206,7 @@ fn no_secret_is_in_the_cache() {
 }
 
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn a_checkpoint_that_was_killed_is_none() {
     use std::io::{BufRead as _, BufReader};
     use std::process::Stdio;

@@ -96,6 +96,7 @@ fn what_does_not_reproduce_is_named_with_its_step() {
 }
 
 #[test]
+#[ignore = "takes minutes: ci/prove"]
 fn what_reproduces_does_so_from_a_folder_that_is_as_it_was() {
     let kiln = with_base();
     let template = Template::debian(
