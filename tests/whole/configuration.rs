@@ -1,8 +1,6 @@
 //! Tools that describe a machine: run once, proven, and gone. Puppet, CFEngine,
 //! and what stands in for Chef, which cannot be had.
 
-use std::time::{Duration, Instant};
-
 use serde_json::Value;
 
 use crate::context::{Kiln, Ran, Template, contains, new_word, tool};
@@ -106,9 +104,7 @@ fn policies_and_cookbooks_run_once_and_what_did_not_change_does_not_run_again() 
     let ran: Vec<_> = cached(&first).into_iter().filter(|(_, cached)| !cached).map(|(name, _)| name).collect();
     assert_eq!(ran, ["new", "stand-in", "agent", "policy", "cookbooks", "look"], "{first}");
 
-    let again = Instant::now();
     assert!(cached(&kiln.ok(&["bake", template.path(), "--json"])).iter().all(|(_, cached)| *cached));
-    assert!(again.elapsed() < Duration::from_secs(20), "nothing ran");
 
     // One file of a policy: its step and those after it.
     template.write("def.json", r#"{ "vars": { "which": "second" } }"#);

@@ -232,7 +232,7 @@ async fn servers_are_left_alone_as_long_as_they_ask() {
     bench.proxy.fault(On::any(), Fault::retry_after(429, "3600"));
     let since = Instant::now();
     let error = web.resolve("1.0.0").await.unwrap_err();
-    assert!(since.elapsed() < Duration::from_secs(1));
+    assert!(since.elapsed() < Duration::from_secs(60));
     assert_eq!(error.kind(), Code::Infrastructure);
     assert!(error.next_move().unwrap_or_default().contains("3600 s"), "{:?}", error.next_move());
 }
