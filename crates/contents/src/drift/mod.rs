@@ -268,6 +268,10 @@ impl Drift {
             }
             let may = rules.mutable.iter().any(|pattern| pattern.holds(path));
             let free = own.of(path);
+            // What was added below it is not known, wherever it came from.
+            if !may && free.is_none() && host.closed.contains(path) {
+                self.unread.push(text::shown(path));
+            }
             let (change, mut what) = match (from, to) {
                 (Some(from), Some(to)) => {
                     let (what, unread) = differences(path, from, to, host);
